@@ -6,3 +6,7 @@ Letters used in shapes throughout the package:
 
 Flow-matching time t: 1 is noise, 0 is data.
 """
+
+from pi0fast.config import Pi0Config as Pi0Config
+from pi0fast.observation import Observation as Observation
+from pi0fast.pi0 import Pi0 as Pi0

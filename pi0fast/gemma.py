@@ -1,0 +1,194 @@
+"""The two-expert Gemma transformer: one pass over the prefix, then passes over the suffix against its keys and values.
+
+Prefix tokens (the VLM's) never attend to the suffix, so training and inference share one path: the prefix pass gives
+the keys and values of every layer, the suffix pass (the action expert's) attends to them and to its own. Freezing the
+VLM, several suffixes behind one prefix, and the Euler loop of inference all cut at that same place.
+
+The action expert's norms are adaptive in Pi0.5 (AdaRMS, conditioned on time) and plain in Pi0. Gemma:
+https://arxiv.org/abs/2403.08295; RoPE: https://arxiv.org/abs/2104.09864; GeGLU: https://arxiv.org/abs/2002.05202.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pi0fast.config import TransformerConfig
+from pi0fast.execution import Execution
+from pi0fast.layout import PrefixLayout
+from pi0fast.params import Linear, param, stack, zeros
+from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
+
+
+class Rotation(NamedTuple):
+    """RoPE's sines and cosines at the positions of some tokens."""
+
+    sin: Float[Array, "B T 1 half"]
+    cos: Float[Array, "B T 1 half"]
+
+    @staticmethod
+    def at(positions: Int[Array, "B T"], head_dim: int) -> "Rotation":
+        period = 10_000.0 ** (jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim))
+        radians = positions.astype(jnp.float32)[..., None, None] / period
+        return Rotation(jnp.sin(radians), jnp.cos(radians))
+
+    def __call__(self, x: Float[Array, "B T heads C"]) -> Float[Array, "B T heads C"]:
+        """Rotates channel i against channel i + C/2, in float32."""
+        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * self.cos - b * self.sin, b * self.cos + a * self.sin], axis=-1).astype(x.dtype)
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of every layer: S free places in front for the suffix, then the prefix."""
+
+    k: Float[Array, "layers B S+P K C"]
+    v: Float[Array, "layers B S+P K C"]
+
+
+class RMSNorm(nnx.Module):
+    """Scale from a weight, or scale, shift and gate from a condition when `adaptive`."""
+
+    def __init__(self, width: int, adaptive: bool, *, rngs: nnx.Rngs):
+        if adaptive:
+            self.modulation = Linear(width, 3 * width, ("embed", "mlp"), rngs=rngs, init=zeros)
+        else:
+            self.scale = param(rngs, (width,), (None,), zeros)
+        self.adaptive = adaptive
+
+    def modulate(
+        self, cond: Float[Array, "B D"] | None
+    ) -> tuple[Array, Array | None, Array | None]:
+        """scale, shift, gate. The gate belongs to the branch that starts at this norm."""
+        if not self.adaptive:
+            return self.scale[...], None, None
+        assert cond is not None, "an adaptive norm needs its condition"
+        scale, shift, gate = jnp.split(self.modulation(cond), 3, axis=-1)
+        return scale, shift, gate
+
+
+class KeyValue(nnx.Module):
+    """What a layer needs to give keys and values: its first norm and the k, v projections."""
+
+    def __init__(self, config: TransformerConfig, adaptive: bool, *, rngs: nnx.Rngs):
+        self.heads = (config.num_kv_heads, config.head_dim)
+        self.attention_norm = RMSNorm(config.width, adaptive, rngs=rngs)
+        self.kv = param(rngs, (config.width, 2 * config.num_kv_heads * config.head_dim), ("embed", "heads"))
+
+    def keys_values(self, h: Float[Array, "B T D"], rotation: Rotation) -> tuple[Array, Array]:
+        k, v = jnp.split(h @ self.kv[...], 2, axis=-1)
+        k, v = (x.reshape(*x.shape[:2], *self.heads) for x in (k, v))
+        return checkpoint_name(rotation(k), "key"), checkpoint_name(v, "value")
+
+
+class Layer(KeyValue):
+    """One layer of one expert."""
+
+    def __init__(self, config: TransformerConfig, adaptive: bool, *, rngs: nnx.Rngs):
+        super().__init__(config, adaptive, rngs=rngs)
+        width, attended = config.width, config.num_heads * config.head_dim
+        self.query_heads = (config.num_heads, config.head_dim)
+        self.q = param(rngs, (width, attended), ("embed", "heads"))
+        self.out = param(rngs, (attended, width), ("heads", "embed"))
+        self.mlp_norm = RMSNorm(width, adaptive, rngs=rngs)
+        self.gate_up = param(rngs, (width, 2 * config.mlp_dim), ("embed", "mlp"))
+        self.down = param(rngs, (config.mlp_dim, width), ("mlp", "embed"))
+
+    def __call__(self, x, cond, rotation, key_start, key_end, place_keys, execution):
+        """x `[B, T, D]` → x, and the keys and values that it attended to.
+
+        place_keys: this layer's own keys or values → those to attend to.
+        """
+        kernel = execution.implementation
+        scale, shift, gate = self.attention_norm.modulate(cond)
+        h = ada_rms_norm(x, scale, shift, implementation=kernel)
+        q = (h @ self.q[...]).reshape(*x.shape[:2], *self.query_heads)
+        k, v = (place(own) for place, own in zip(place_keys, self.keys_values(h, rotation), strict=True))
+        attended = prefix_lm_attention(
+            checkpoint_name(rotation(q), "query"),
+            k,
+            v,
+            key_start,
+            key_end,
+            scale=self.query_heads[1] ** -0.5,
+            implementation=kernel,
+        )
+        y = checkpoint_name(attended, "attended").reshape(*x.shape[:2], -1) @ self.out[...]
+
+        scale, shift, mlp_gate = self.mlp_norm.modulate(cond)
+        h, x = ada_rms_norm(y, scale, shift, residual=x, gate=gate, implementation=kernel)
+        x = checkpoint_name(x, "residual")
+        gate_in, up = jnp.split(h @ self.gate_up[...], 2, axis=-1)
+        y = (jax.nn.gelu(gate_in, approximate=True) * up) @ self.down[...]
+        x = x + (y if mlp_gate is None else y * mlp_gate[:, None])
+        return x, (k, v)
+
+
+class Vlm(nnx.Module):
+    """The expert of the prefix. Its last layer gives keys and values only: training and inference discard the rest."""
+
+    def __init__(self, config: TransformerConfig, dtype: DTypeLike, *, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        self.dtype = jnp.dtype(dtype)
+        self.layers = stack(config.depth - 1, rngs, lambda rngs: Layer(config, False, rngs=rngs))
+        self.last = KeyValue(config, False, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution
+    ) -> KVCache:
+        rotation = Rotation.at(layout.prefix_positions, self.head_dim)
+        free = (0, 0), (layout.suffix_positions.shape[1], 0), (0, 0), (0, 0)
+
+        def cached(k, v):
+            return KVCache(jnp.pad(k, free), jnp.pad(v, free))
+
+        def step(layer: Layer, x, _):
+            order = layout.order_keys
+            x, kv = layer(x, None, rotation, layout.prefix_start, layout.prefix_end, (order, order), execution)
+            return x, cached(*kv)
+
+        def finish(last: KeyValue, x):
+            scale, _, _ = last.attention_norm.modulate(None)
+            h = ada_rms_norm(x, scale, implementation=execution.implementation)
+            return cached(*map(layout.order_keys, last.keys_values(h, rotation)))
+
+        x, cache = execution.scan(self.layers, step, x.astype(self.dtype), dtype=self.dtype)
+        last = execution.apply(self.last, finish, x, dtype=self.dtype)
+        return jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), cache, last)
+
+
+class ActionExpert(nnx.Module):
+    """The expert of the suffix."""
+
+    def __init__(self, config: TransformerConfig, dtype: DTypeLike, adaptive: bool, *, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        self.dtype = jnp.dtype(dtype)
+        self.layers = stack(config.depth, rngs, lambda rngs: Layer(config, adaptive, rngs=rngs))
+        self.norm = RMSNorm(config.width, adaptive, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        cond: Float[Array, "B D"] | None,
+        cache: KVCache,
+        layout: PrefixLayout,
+        execution: Execution,
+    ) -> Float[Array, "B S D"]:
+        """Suffix tokens, and Pi0.5's time condition → normed outputs, against the prefix in `cache`."""
+        rotation = Rotation.at(layout.suffix_positions, self.head_dim)
+        cond = None if cond is None else cond.astype(self.dtype)
+
+        def step(layer: Layer, x, cached: KVCache):
+            place = tuple(lambda own, c=c: lax.dynamic_update_slice_in_dim(c, own, 0, axis=1) for c in cached)
+            x, _ = layer(x, cond, rotation, layout.suffix_start, layout.suffix_end, place, execution)
+            return x, None
+
+        def finish(norm: RMSNorm, x):
+            scale, shift, _ = norm.modulate(cond)
+            return ada_rms_norm(x, scale, shift, implementation=execution.implementation)
+
+        x, _ = execution.scan(self.layers, step, x.astype(self.dtype), cache, dtype=self.dtype)
+        return execution.apply(self.norm, finish, x, dtype=self.dtype)

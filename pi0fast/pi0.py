@@ -1,0 +1,173 @@
+"""Pi0 and Pi0.5: SigLIP and a prompt as prefix, state and noisy actions as suffix, a velocity field as output.
+
+Black et al. 2024 (https://arxiv.org/abs/2410.24164) and https://arxiv.org/abs/2504.16054.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from pi0fast import flow
+from pi0fast.config import Pi0Config
+from pi0fast.execution import Execution
+from pi0fast.gemma import ActionExpert, KVCache, Vlm
+from pi0fast.layout import PrefixLayout
+from pi0fast.observation import Observation, image_to_float
+from pi0fast.params import Linear, normal, param
+from pi0fast.siglip import Siglip
+
+
+class ActionHead(nnx.Module):
+    """The projections between actions, state, time and the action expert's tokens, all in float32."""
+
+    def __init__(self, config: Pi0Config, *, rngs: nnx.Rngs):
+        self.pi05 = config.pi05
+        self.width = width = config.action_expert.width
+        self.action_in = Linear(config.action_dim, width, (None, "embed"), rngs=rngs)
+        self.time_in = Linear(width if config.pi05 else 2 * width, width, ("embed", "embed_out"), rngs=rngs)
+        self.time_out = Linear(width, width, ("embed", "embed_out"), rngs=rngs)
+        self.action_out = Linear(width, config.action_dim, ("embed", None), rngs=rngs)
+        if not config.pi05:
+            self.state_in = Linear(config.action_dim, width, (None, "embed"), rngs=rngs)
+
+    def embed(
+        self, state: Float[Array, "B A"], x_t: Float[Array, "B H A"], t: Float[Array, " B"]
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B D"] | None]:
+        """The suffix tokens (actions, then Pi0's state), and Pi0.5's time condition."""
+        actions = self.action_in(x_t)
+        time = flow.time_embedding(t, self.width)
+        if self.pi05:
+            return actions, jax.nn.silu(self.time_out(jax.nn.silu(self.time_in(time))))
+        time = jnp.broadcast_to(time[:, None], actions.shape)
+        actions = self.time_out(jax.nn.silu(self.time_in(jnp.concatenate([actions, time], axis=-1))))
+        return jnp.concatenate([actions, self.state_in(state)[:, None]], axis=1), None
+
+
+class Pi0(nnx.Module):
+    """The model; every weight is a float32 `nnx.Param` with logical axis names."""
+
+    def __init__(self, config: Pi0Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.siglip = Siglip(config, rngs=rngs)
+        width = config.vlm.width
+        self.embedding = param(rngs, (config.vocab_size, width), ("vocab", "embed"), normal(width**-0.5))
+        self.vlm = Vlm(config.vlm, config.dtype, rngs=rngs)
+        self.action_expert = ActionExpert(config.action_expert, config.dtype, config.pi05, rngs=rngs)
+        self.head = ActionHead(config, rngs=rngs)
+
+    def velocity(
+        self,
+        observation: Observation,
+        x_t: Float[Array, "B H A"],
+        t: Float[Array, " B"],
+        *,
+        execution: Execution = Execution(),
+    ) -> Float[Array, "B H A"]:
+        """The velocity (noise minus actions) at `x_t`, float32. t: 1 is noise.
+
+        Raises:
+            ValueError: an input whose shape does not fit the config.
+        """
+        _validate(self.config, observation, x_t)
+        cache, layout = self.prefix(observation, execution)
+        return self.suffix(observation.state, x_t, t, cache, layout, execution)
+
+    def loss(
+        self,
+        observation: Observation,
+        actions: Float[Array, "B H A"],
+        noise: Float[Array, "B H A"],
+        t: Float[Array, " B"],
+        *,
+        execution: Execution = Execution(),
+    ) -> Float[Array, "B H"]:
+        """The flow-matching loss of each example and step; its mean is the training loss."""
+        velocity = self.velocity(observation, flow.interpolate(actions, noise, t), t, execution=execution)
+        return flow.loss(velocity, actions, noise)
+
+    def sample_actions(
+        self,
+        observation: Observation,
+        noise: Float[Array, "B H A"],
+        num_steps: int = 10,
+        *,
+        execution: Execution = Execution(),
+    ) -> Float[Array, "B H A"]:
+        """Normalised actions from noise by `num_steps` Euler steps against one prefix pass."""
+        _validate(self.config, observation, noise)
+        cache, layout = self.prefix(observation, execution)
+
+        def velocity(x_t, t):
+            return self.suffix(observation.state, x_t, t, cache, layout, execution)
+
+        return flow.integrate(velocity, noise, num_steps)
+
+    def prefix(self, observation: Observation, execution: Execution) -> tuple[KVCache, PrefixLayout]:
+        """Images and prompt → their keys and values in every layer, and the layout of the batch."""
+        tokens, valid = self.embed_prefix(observation, execution)
+        layout = PrefixLayout.build(
+            valid,
+            action_horizon=self.config.action_horizon,
+            has_state=not self.config.pi05,
+            compact=execution.compact,
+        )
+        with jax.named_scope("prefix"):
+            return self.vlm(layout.order_tokens(tokens), layout, execution), layout
+
+    def embed_prefix(
+        self, observation: Observation, execution: Execution
+    ) -> tuple[Float[Array, "B P D"], Bool[Array, "B P"]]:
+        """Image tokens in camera order, then prompt tokens; and which of them are valid."""
+        cameras = [camera for camera in self.config.cameras if camera in observation.images]
+        tokens, valid = [], []
+        if cameras:
+            with jax.named_scope("siglip"):  # one pass over the images of all cameras
+                images = jnp.concatenate([image_to_float(observation.images[camera]) for camera in cameras])
+                tokens += jnp.split(self.siglip(images, execution), len(cameras))
+            shape = tokens[0].shape[:2]
+            valid += [jnp.broadcast_to(observation.image_masks[camera][:, None], shape) for camera in cameras]
+        with jax.named_scope("embed_prompt"):
+            prompt = execution.lookup(self.embedding[...], observation.tokenized_prompt)
+            scale = jnp.asarray(self.config.vlm.width**0.5, prompt.dtype)
+            tokens.append((prompt * scale).astype(self.config.dtype))
+        valid.append(observation.tokenized_prompt_mask)
+        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+
+    def suffix(
+        self,
+        state: Float[Array, "B A"],
+        x_t: Float[Array, "B H A"],
+        t: Float[Array, " B"],
+        cache: KVCache,
+        layout: PrefixLayout,
+        execution: Execution,
+    ) -> Float[Array, "B H A"]:
+        """The velocity at `x_t`, given the prefix."""
+        with jax.named_scope("suffix"):
+            tokens, cond = execution.apply(self.head, lambda head: head.embed(state, x_t, t))
+            out = self.action_expert(tokens, cond, cache, layout, execution)[:, : self.config.action_horizon]
+            return execution.apply(self.head, lambda head: head.action_out(out.astype(jnp.float32)))
+
+
+def _validate(config: Pi0Config, observation: Observation, actions: Float[Array, "B H A"]) -> None:
+    batch = actions.shape[0]
+    expected = {
+        "actions": (actions, (batch, config.action_horizon, config.action_dim)),
+        "state": (observation.state, (batch, config.action_dim)),
+        "tokenized_prompt": (observation.tokenized_prompt, (batch, observation.tokenized_prompt.shape[-1])),
+        "tokenized_prompt_mask": (observation.tokenized_prompt_mask, observation.tokenized_prompt.shape),
+    }
+    if unknown := set(observation.images) - set(config.cameras):
+        raise ValueError(f"cameras {sorted(unknown)} are not in Pi0Config.cameras={config.cameras}; rename or drop them")
+    if set(observation.images) != set(observation.image_masks):
+        raise ValueError(
+            f"images has cameras {sorted(observation.images)} and image_masks {sorted(observation.image_masks)}; "
+            "give one mask per image"
+        )
+    for camera, image in observation.images.items():
+        expected[f"images[{camera!r}]"] = (image, (batch, config.image_size, config.image_size, 3))
+        expected[f"image_masks[{camera!r}]"] = (observation.image_masks[camera], (batch,))
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
