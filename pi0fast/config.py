@@ -5,7 +5,7 @@ Nothing here says how the model runs (mesh, remat, kernels): that is `pi0fast.ex
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -90,6 +90,17 @@ class Pi0Config:
     def suffix_len(self) -> int:
         """Suffix tokens: the actions, and Pi0's state token."""
         return self.action_horizon + (0 if self.pi05 else 1)
+
+
+def from_dict(fields: dict[str, Any]) -> Pi0Config:
+    """Inverts `dataclasses.asdict`, for JSON. Raises: TypeError for unknown or missing fields."""
+    parts = {
+        "vlm": TransformerConfig(**fields["vlm"]),
+        "action_expert": TransformerConfig(**fields["action_expert"]),
+        "siglip": SiglipConfig(**fields["siglip"]),
+        "cameras": tuple(fields["cameras"]),
+    }
+    return Pi0Config(**{**fields, **parts})
 
 
 def pi0_base() -> Pi0Config:

@@ -1,189 +1,34 @@
-"""openpi's parameters ↔ ours: the only place that knows foreign parameter names.
+"""openpi's checkpoints ↔ ours. This module and `convert_rules` alone know foreign parameter names.
+
+    python -m pi0fast.convert from-openpi SRC OUT      SRC: an openpi checkpoint folder `<step>`, local or gs://
+    python -m pi0fast.convert to-openpi RUN OUT        RUN: a run of ours; OUT: a new openpi checkpoint folder
 
 openpi stores dead parameters too: the last layer's VLM query, output projection, MLP and its norm, and the VLM's final
-norm, which no loss and no sample depends on. They are no part of our model; conversion returns them apart, so that a
-round trip is bit-exact.
+norm, which no loss and no sample depends on. They are no part of our model; conversion carries them beside the run, so
+that a round trip is bit-exact.
 
 Flat dictionaries have openpi's paths joined by "/" as keys, e.g. `PaliGemma/llm/layers/mlp/linear`.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
+from etils import epath
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from pi0fast.config import Pi0Config, SiglipConfig, TransformerConfig
+from pi0fast import checkpoint, fsdp, normalize, robots
+from pi0fast.checkpoint import Checkpoints, RunConfig
+from pi0fast.config import DType, Pi0Config
+from pi0fast.convert_rules import FINAL_NORM, Params, Shape, infer_config, rules
+from pi0fast.normalize import NormStats
 from pi0fast.params import flatten, replace
 from pi0fast.pi0 import Pi0
-
-Shape = tuple[int, ...]
-Params = dict[str, Array]
-
-LLM = "PaliGemma/llm"
-IMG = "PaliGemma/img"
-FINAL_NORM = f"{LLM}/final_norm/scale"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one of our weights is made of openpi's: side by side, axes reordered, then flattened to a matrix or vector.
-
-    ours: our path. In a rule of the VLM's layers, the weight of all layers but the last.
-    theirs: openpi path → shape of one layer.
-    order: openpi's axes in our order; the first `rows` become one axis, the others another.
-    depth: length of openpi's leading layer axis; 0 if there is none.
-    last: our path for the last layer, where that is a module of its own; None if the last layer's weight is dead.
-    peeled: the last layer is apart (the VLM's).
-    """
-
-    ours: str
-    theirs: Mapping[str, Shape]
-    order: tuple[int, ...]
-    rows: int
-    depth: int = 0
-    last: str | None = None
-    peeled: bool = False
-
-    def read(self, arrays: Sequence[Array]) -> dict[str, Array]:
-        """openpi's arrays, in the order of `theirs` → our weights by path."""
-        if not self.peeled:
-            return {self.ours: self._join(arrays)}
-        weights = {self.ours: self._join([array[:-1] for array in arrays])}
-        if self.last:
-            weights[self.last] = self._join([array[-1] for array in arrays])
-        return weights
-
-    def write(self, weights: Mapping[str, Array], dead: Mapping[str, Array]) -> Params:
-        """Our weights by path → openpi's arrays; dead slices that are not given are zeros."""
-        arrays = self._divide(weights[self.ours])
-        if not self.peeled:
-            return arrays
-        if self.last:
-            last = self._divide(weights[self.last])
-        else:
-            last = {path: dead.get(path, jnp.zeros(shape, arrays[path].dtype)) for path, shape in self.theirs.items()}
-        return {path: jnp.concatenate([array, last[path][None]]) for path, array in arrays.items()}
-
-    def _join(self, arrays: Sequence[Array]) -> Array:
-        parts = []
-        for array, shape in zip(arrays, self.theirs.values(), strict=True):
-            lead = array.ndim - len(shape)
-            moved = jnp.moveaxis(array, [lead + axis for axis in self.order], range(lead, array.ndim))
-            parts.append(moved.reshape(*array.shape[:lead], *self._matrix(shape)))
-        return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-
-    def _divide(self, weight: Array) -> Params:
-        arrays = {}
-        parts = jnp.split(weight, len(self.theirs), axis=-1)
-        for part, (path, shape) in zip(parts, self.theirs.items(), strict=True):
-            lead = part.ndim - len(self._matrix(shape))
-            moved = part.reshape(*part.shape[:lead], *(shape[axis] for axis in self.order))
-            arrays[path] = jnp.moveaxis(moved, range(lead, moved.ndim), [lead + axis for axis in self.order])
-        return arrays
-
-    def _matrix(self, shape: Shape) -> Shape:
-        sizes = [shape[axis] for axis in self.order]
-        return tuple(math.prod(group) for group in (sizes[: self.rows], sizes[self.rows :]) if group)
-
-
-def rules(config: Pi0Config) -> list[Rule]:
-    """Every weight of our model, each in exactly one rule."""
-    vlm, action = config.vlm.width, config.action_expert.width
-    found = [
-        Rule("embedding", {f"{LLM}/embedder/input_embedding": (config.vocab_size, vlm)}, (0, 1), 1),
-        *_expert(config.vlm, "", "vlm", adaptive=False, peeled=True),
-        *_expert(config.action_expert, "_1", "action_expert", adaptive=config.pi05, peeled=False),
-        *_norm(f"{LLM}/final_norm_1", action, "action_expert/norm", adaptive=config.pi05),
-        *_siglip(config.siglip, vlm, config.tokens_per_image),
-        *_linear("action_in_proj", (config.action_dim, action), "head/action_in"),
-        *_linear("action_out_proj", (action, config.action_dim), "head/action_out"),
-    ]
-    if config.pi05:
-        found += _linear("time_mlp_in", (action, action), "head/time_in")
-        found += _linear("time_mlp_out", (action, action), "head/time_out")
-    else:
-        found += _linear("state_proj", (config.action_dim, action), "head/state_in")
-        found += _linear("action_time_mlp_in", (2 * action, action), "head/time_in")
-        found += _linear("action_time_mlp_out", (action, action), "head/time_out")
-    return found
-
-
-def _expert(config: TransformerConfig, suffix: str, ours: str, *, adaptive: bool, peeled: bool) -> list[Rule]:
-    n, k, c, d, f = config.num_heads, config.num_kv_heads, config.head_dim, config.width, config.mlp_dim
-    layers: dict[str, Any] = {"depth": config.depth, "peeled": peeled}
-    attn, mlp = f"{LLM}/layers/attn", f"{LLM}/layers/mlp{suffix}"
-    last = f"{ours}/last" if peeled else None
-    return [
-        Rule(f"{ours}/layers/q", {f"{attn}/q_einsum{suffix}/w": (n, d, c)}, (1, 0, 2), 1, **layers),
-        Rule(
-            f"{ours}/layers/kv",
-            {f"{attn}/kv_einsum{suffix}/w": (2, k, d, c)},
-            (2, 0, 1, 3),
-            1,
-            last=last and f"{last}/kv",
-            **layers,
-        ),
-        Rule(f"{ours}/layers/out", {f"{attn}/attn_vec_einsum{suffix}/w": (n, c, d)}, (0, 1, 2), 2, **layers),
-        Rule(f"{ours}/layers/gate_up", {f"{mlp}/gating_einsum": (2, d, f)}, (1, 0, 2), 1, **layers),
-        Rule(f"{ours}/layers/down", {f"{mlp}/linear": (f, d)}, (0, 1), 1, **layers),
-        *_norm(
-            f"{LLM}/layers/pre_attention_norm{suffix}",
-            d,
-            f"{ours}/layers/attention_norm",
-            adaptive=adaptive,
-            last=last and f"{last}/attention_norm/scale",
-            **layers,
-        ),
-        *_norm(f"{LLM}/layers/pre_ffw_norm{suffix}", d, f"{ours}/layers/mlp_norm", adaptive=adaptive, **layers),
-    ]
-
-
-def _siglip(config: SiglipConfig, vlm_width: int, num_tokens: int) -> list[Rule]:
-    d, f, heads = config.width, config.mlp_dim, (config.num_heads, config.width // config.num_heads)
-    layers = {"depth": config.depth}
-    block, ours = f"{IMG}/Transformer/encoderblock", "siglip/layers"
-    attn = f"{block}/MultiHeadDotProductAttention_0"
-    qkv = ("query", "key", "value")
-    patch = (config.patch_size, config.patch_size, 3, d)
-    return [
-        Rule("siglip/patches/proj/kernel", {f"{IMG}/embedding/kernel": patch}, (0, 1, 2, 3), 3),
-        Rule("siglip/patches/proj/bias", {f"{IMG}/embedding/bias": (d,)}, (0,), 0),
-        Rule("siglip/patches/position", {f"{IMG}/pos_embedding": (1, num_tokens, d)}, (0, 1, 2), 2),
-        *_layer_norm(f"{block}/LayerNorm_0", d, f"{ours}/attention_norm", **layers),
-        Rule(f"{ours}/qkv/kernel", {f"{attn}/{p}/kernel": (d, *heads) for p in qkv}, (0, 1, 2), 1, **layers),
-        Rule(f"{ours}/qkv/bias", {f"{attn}/{p}/bias": heads for p in qkv}, (0, 1), 0, **layers),
-        Rule(f"{ours}/out/kernel", {f"{attn}/out/kernel": (*heads, d)}, (0, 1, 2), 2, **layers),
-        Rule(f"{ours}/out/bias", {f"{attn}/out/bias": (d,)}, (0,), 0, **layers),
-        *_layer_norm(f"{block}/LayerNorm_1", d, f"{ours}/mlp_norm", **layers),
-        *_linear(f"{block}/MlpBlock_0/Dense_0", (d, f), f"{ours}/up", **layers),
-        *_linear(f"{block}/MlpBlock_0/Dense_1", (f, d), f"{ours}/down", **layers),
-        *_layer_norm(f"{IMG}/Transformer/encoder_norm", d, "siglip/norm"),
-        *_linear(f"{IMG}/head", (d, vlm_width), "siglip/head"),
-    ]
-
-
-def _linear(theirs: str, shape: tuple[int, int], ours: str, **layers) -> list[Rule]:
-    return [
-        Rule(f"{ours}/kernel", {f"{theirs}/kernel": shape}, (0, 1), 1, **layers),
-        Rule(f"{ours}/bias", {f"{theirs}/bias": shape[1:]}, (0,), 0, **layers),
-    ]
-
-
-def _layer_norm(theirs: str, width: int, ours: str, **layers) -> list[Rule]:
-    return [Rule(f"{ours}/{p}", {f"{theirs}/{p}": (width,)}, (0,), 0, **layers) for p in ("scale", "bias")]
-
-
-def _norm(theirs: str, width: int, ours: str, *, adaptive: bool, **layers) -> list[Rule]:
-    if adaptive:
-        return _linear(f"{theirs}/Dense_0", (width, 3 * width), f"{ours}/modulation", **layers)
-    return [Rule(f"{ours}/scale", {f"{theirs}/scale": (width,)}, (0,), 0, **layers)]
 
 
 def openpi_shapes(config: Pi0Config) -> dict[str, Shape]:
@@ -249,3 +94,128 @@ def to_openpi(model: Pi0, dead: Mapping[str, Array] | None = None) -> Params:
     for rule in rules(model.config):
         params |= rule.write(weights, dead)
     return dict(sorted(params.items()))
+
+
+def load_openpi_checkpoint(path: str | Path, config: Pi0Config, mesh: Mesh | None = None) -> Pi0:
+    """The model of an openpi checkpoint folder `<step>`, local or gs://, dtypes kept, sharded if a mesh is given.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: listing every missing, extra and misshaped parameter, before any is read.
+    """
+    folder = _folder(path)
+    check(_openpi_shapes_of(folder), config)
+    shardings = None
+    if mesh is not None:
+        shardings = fsdp.weight_shardings(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), mesh)
+    return from_openpi(load_openpi_params(folder, mesh), config, shardings)
+
+
+def load_openpi_params(path: str | Path | epath.Path, mesh: Mesh | None = None) -> Params:
+    """openpi's parameters from `<step>/params`, by path, dtypes kept, each spread over the mesh where it divides.
+
+    Trees whose paths end in `/value`, as openpi's trainer writes them, and trees without, as released, are read.
+    """
+    folder = _folder(path) / "params"
+    shardings = None
+    if mesh is not None:
+        shardings = {path: _spread(stored.shape, mesh) for path, stored in checkpoint.array_shapes(folder).items()}
+    return {_parameter(path): array for path, array in checkpoint.load_arrays(folder, shardings=shardings).items()}
+
+
+def _openpi_shapes_of(folder: epath.Path) -> dict[str, Shape]:
+    return {_parameter(path): stored.shape for path, stored in checkpoint.array_shapes(folder / "params").items()}
+
+
+def _folder(path: str | Path | epath.Path) -> epath.Path:
+    folder = epath.Path(path).expanduser()
+    return folder if "://" in str(path) else folder.absolute()
+
+
+def _parameter(path: str) -> str:
+    return path.removeprefix("params/").removesuffix("/value")
+
+
+def _spread(shape: Shape, mesh: Mesh) -> NamedSharding:
+    """Along the longest axis that divides, so that no device holds a whole large array."""
+    size = mesh.shape["fsdp"]
+    axes = [axis for axis in range(len(shape)) if shape[axis] % size == 0]
+    names: list[str | None] = [None] * len(shape)
+    if axes and len(shape) > 1:
+        names[max(axes, key=lambda axis: shape[axis])] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def find_norm_stats(step: str | Path | epath.Path) -> dict[str, dict[str, NormStats]]:
+    """The statistics under an openpi checkpoint's `assets`, by asset id (`name` or `owner/name`)."""
+    assets = _folder(step) / "assets"
+    files = sorted([*assets.glob("*/norm_stats.json"), *assets.glob("*/*/norm_stats.json")]) if assets.exists() else []
+    return {str(file.parent.relative_to(assets)): normalize.load(file) for file in files}
+
+
+def convert_from_openpi(
+    src: str,
+    out: Path,
+    *,
+    action_horizon: int = 50,
+    max_token_len: int | None = None,
+    dtype: DType = "bfloat16",
+    asset_id: str | None = None,
+    robot: str | None = None,
+    mesh: Mesh | None = None,
+) -> None:
+    """Make a run of an openpi checkpoint, for `--init-from` and for inference.
+
+    src: the folder `<step>` with `params` and `assets`, local or gs://.
+    out: a new folder.
+    action_horizon, max_token_len: what no parameter tells; the released models' by default (48 tokens for Pi0, 200 for
+        Pi0.5).
+    dtype: of activations and matmuls. Weights keep the dtype that they are stored in.
+    asset_id: whose statistics to take, where the checkpoint has those of several data sets.
+    robot: name or YAML file; needed for inference, not for `--init-from`.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; convert into a new folder")
+    folder = _folder(src)
+    shapes = _openpi_shapes_of(folder)
+    unseen = {} if max_token_len is None else {"max_token_len": max_token_len}
+    config = infer_config(shapes, dtype, action_horizon=action_horizon, **unseen)
+    check(shapes, config)
+    stats = _choose_stats(find_norm_stats(folder), asset_id)
+    flat = load_openpi_params(folder, mesh)
+    model = from_openpi(flat, config)
+    tokenizer = "paligemma"
+    RunConfig(config, robots.find_robot(robot) if robot else None, tokenizer).save(out)
+    checkpoint.save_arrays(out / "dead", dead_params(flat, config))
+    checkpoints = Checkpoints(out)
+    checkpoints.save(0, params={path: variable[...] for path, variable in flatten(model).items()}, norm_stats=stats)
+    checkpoints.close()
+
+
+def convert_to_openpi(run: Path, out: Path, *, asset_id: str = "pi0fast") -> None:
+    """Write the newest checkpoint of a run as an openpi checkpoint folder `<step>`.
+
+    out: a new folder. asset_id: the name of the statistics under its `assets`.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; convert into a new folder")
+    step = checkpoint.newest_checkpoint(run)
+    config = RunConfig.load(run).model
+    weights = checkpoint.load_arrays(step / "params")
+    dead = checkpoint.load_arrays(run / "dead") if (run / "dead").exists() else None
+    model = replace(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), weights)
+    params = to_openpi(model, dead)
+    checkpoint.save_arrays(out / "params", {f"params/{path}": array for path, array in params.items()})
+    normalize.save(out / "assets" / asset_id / "norm_stats.json", normalize.load(step / "assets" / "norm_stats.json"))
+
+
+def _choose_stats(found: Mapping[str, dict[str, NormStats]], asset_id: str | None) -> dict[str, NormStats]:
+    if asset_id is None and len(found) == 1:
+        return next(iter(found.values()))
+    if asset_id not in found:
+        raise ValueError(f"the checkpoint has statistics for {sorted(found)}; choose one with --asset-id")
+    return found[asset_id]
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict({"from-openpi": convert_from_openpi, "to-openpi": convert_to_openpi})

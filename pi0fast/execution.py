@@ -21,9 +21,9 @@ def cast(state: nnx.State, dtype: DTypeLike | None) -> nnx.State:
     return jax.tree.map(lambda x: x.astype(dtype) if dtype is not None and x.ndim >= 2 else x, state)
 
 
-def take(table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+def take(table: nnx.Param[Float[Array, "V D"]], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """The embeddings of the tokens, from a table that is whole on this device."""
-    return jnp.take(table, tokens, axis=0)
+    return jnp.take(table[...], tokens, axis=0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Execution:
     """
 
     gather: Callable[[nnx.State, DTypeLike | None], nnx.State] = cast
-    lookup: Callable[[Array, Array], Array] = take
+    lookup: Callable[[nnx.Param[Array], Array], Array] = take
     sharded: bool = False
     remat: Remat = "none"
     compact: bool = True

@@ -5,8 +5,10 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 EPSILON = 1e-6  # openpi's, in both formulas
 MIN_SPREAD = 1e-4
@@ -105,14 +107,19 @@ def narrow_dimensions(stats: NormStats) -> list[tuple[int, str, float]]:
     return [(dim, name, float(value)) for dim, name, value in narrow]
 
 
-def save(path: str | Path, stats: Mapping[str, NormStats]) -> None:
-    """Write `{"state": ..., "actions": ...}` as openpi's norm_stats.json, atomically; makes the parent folders."""
-    content = {
+def to_dict(stats: Mapping[str, NormStats]) -> dict[str, Any]:
+    """The content of openpi's norm_stats.json."""
+    return {
         "norm_stats": {
             key: {field.name: getattr(value, field.name).tolist() for field in fields(value)}
             for key, value in stats.items()
         }
     }
+
+
+def save(path: str | Path, stats: Mapping[str, NormStats]) -> None:
+    """Write `{"state": ..., "actions": ...}` as openpi's norm_stats.json, atomically; makes the parent folders."""
+    content = to_dict(stats)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -120,15 +127,15 @@ def save(path: str | Path, stats: Mapping[str, NormStats]) -> None:
     os.replace(partial, path)
 
 
-def load(path: str | Path) -> dict[str, NormStats]:
-    """Read openpi's norm_stats.json: `{"norm_stats": {key: {mean, std, q01, q99}}}`.
+def load(path: epath.PathLike) -> dict[str, NormStats]:
+    """Read openpi's norm_stats.json, local or gs://: `{"norm_stats": {key: {mean, std, q01, q99}}}`.
 
     Raises FileNotFoundError, and ValueError naming the file and key when the content does not have that form.
     """
-    if not Path(path).is_file():
+    if not epath.Path(path).exists():
         raise FileNotFoundError(f"no statistics at {path}; compute them with `python -m pi0fast.norm_stats`")
     try:
-        content = json.loads(Path(path).read_text())["norm_stats"]
+        content = json.loads(epath.Path(path).read_text())["norm_stats"]
         entries = dict(content.items())
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not a norm_stats.json ({{"norm_stats": {{key: ...}}}}): {error!r}') from error

@@ -128,7 +128,7 @@ class Pi0(nnx.Module):
             shape = tokens[0].shape[:2]
             valid += [jnp.broadcast_to(observation.image_masks[camera][:, None], shape) for camera in cameras]
         with jax.named_scope("embed_prompt"):
-            prompt = execution.lookup(self.embedding[...], observation.tokenized_prompt)
+            prompt = execution.lookup(self.embedding, observation.tokenized_prompt)
             scale = jnp.asarray(self.config.vlm.width**0.5, prompt.dtype)
             tokens.append((prompt * scale).astype(self.config.dtype))
         valid.append(observation.tokenized_prompt_mask)
