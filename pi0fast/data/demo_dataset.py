@@ -60,16 +60,18 @@ def _record(root: Path, episodes: int, seed: int, size: int) -> None:
     simulator, rng = demo.Simulator(seed, size), np.random.default_rng(seed)
     recorded = 0
     with _quiet():
-        while recorded < episodes:
-            pairs, success = demo.demonstrate(simulator, rng)
-            if not success:
-                continue
-            for observation, action in pairs:
-                frame = {key: value for key, value in observation.items() if key != "prompt"}
-                dataset.add_frame({**frame, "action": action, "task": observation["prompt"]})
-            dataset.save_episode()
-            recorded += 1
-        dataset.finalize()
+        try:
+            while recorded < episodes:
+                pairs, success = demo.demonstrate(simulator, rng)
+                if not success:
+                    continue
+                for observation, action in pairs:
+                    frame = {key: value for key, value in observation.items() if key != "prompt"}
+                    dataset.add_frame({**frame, "action": action, "task": observation["prompt"]})
+                dataset.save_episode()
+                recorded += 1
+        finally:
+            dataset.finalize()  # after an interrupt, too: else its destructor writes into a folder that is gone
 
 
 @contextlib.contextmanager
