@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi0fast.data import demo, lerobot_source
-from pi0fast.data.demo_dataset import write_demo_dataset
+from pi0fast.data.demo_dataset import find_or_write, write_demo_dataset
 from pi0fast.data.frames import DecodeError
 from pi0fast.data.lerobot_format import find_dataset
 from pi0fast.data.lerobot_source import LeRobotSource
@@ -240,6 +240,7 @@ def test_find_dataset_looks_in_lerobots_home(dataset, monkeypatch):
         ),
         ({"action": ("action", "gripper")}, r"has no \['gripper'\]"),
         ({"cameras": {"base_0_rgb": "observation.images.left"}}, r"has no \['observation.images.left'\].*images.top"),
+        ({"cameras": {}}, "no cameras"),
         ({"cameras": {"base_0_rgb": "action"}}, r"camera action is float32 \[2\]"),
         ({"state_dim": 3}, "observation.state has 2 dimensions, robot 'demo' has state_dim=3"),
     ],
@@ -358,6 +359,28 @@ def test_writer_refuses_an_existing_folder(dataset):
         write_demo_dataset(dataset, episodes=1)
     with pytest.raises(ValueError, match="at least 1"):
         write_demo_dataset(dataset.parent / "none", episodes=0)
+
+
+def test_find_or_write(tmp_path):
+    root = find_or_write(tmp_path / "new" / "demo", episodes=1, size=16)
+    written = (root / "meta" / "info.json").stat().st_mtime_ns
+    assert find_or_write(root, episodes=1, size=16) == root
+    assert (root / "meta" / "info.json").stat().st_mtime_ns == written
+    assert open_source(root).num_episodes == 1
+
+
+def test_find_or_write_when_another_process_is_faster(tmp_path, monkeypatch):
+    demonstrate, root = demo.demonstrate, tmp_path / "demo"
+
+    def overtaken(*args):
+        root.mkdir()
+        (root / "another").touch()
+        return demonstrate(*args)
+
+    monkeypatch.setattr(demo, "demonstrate", overtaken)
+    assert find_or_write(root, episodes=1, size=16) == root
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert [path.name for path in root.iterdir()] == ["another"]
 
 
 def test_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):

@@ -30,6 +30,22 @@ def write_demo_dataset(root: str | Path, episodes: int = 300, seed: int = 0, siz
     return root
 
 
+def find_or_write(root: str | Path, episodes: int = 300, seed: int = 0, size: int = 56) -> Path:
+    """The data set in the folder `root`, first written there with `write_demo_dataset` if there is no such folder.
+
+    Processes may call it at the same time: the first to finish leaves its data set, which all have made alike.
+    """
+    root = Path(root)
+    if not root.exists():
+        print(f"Recording {episodes} demonstrations in {root}", flush=True)
+        try:
+            write_demo_dataset(root, episodes, seed, size)
+        except OSError:
+            if not root.exists():
+                raise
+    return root
+
+
 def _record(root: Path, episodes: int, seed: int, size: int) -> None:
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset

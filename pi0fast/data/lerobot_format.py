@@ -152,7 +152,7 @@ class LeRobotFiles:
         column = table[key].combine_chunks()
         even = True
         while pa.types.is_nested(column.type):
-            even &= len(set(column.value_lengths().to_pylist())) <= 1
+            even &= len(column.value_lengths().unique()) <= 1
             column = column.flatten()
         if not even or column.null_count or len(column) != table.num_rows * dim:
             raise ValueError(

@@ -203,6 +203,8 @@ class LeRobotSource:
             self._bad[max(row - horizon + 1, self._starts[episode]) : row + 1] = True
 
     def _check_cameras(self, features: dict[str, dict]) -> None:
+        if not self.cameras:
+            raise ValueError("the robot has no cameras; name at least one")
         if missing := [key for key in self.cameras.values() if key not in features]:
             raise ValueError(
                 f"{self.root} has no {missing}; its features are {sorted(features)}: name the robot's keys so"

@@ -76,9 +76,8 @@ class Loader:
 
     def __next__(self) -> dict[str, Any]:
         start = time.perf_counter()
-        if self._iterator is None:
-            self._iterator = self._start(self._next_batch)
-        batch = next(self._iterator)
+        iterator = self._iterator = self._iterator or self._start(self._next_batch)
+        batch = next(iterator)
         self._next_batch += 1
         self.last_wait_s = time.perf_counter() - start
         return batch
