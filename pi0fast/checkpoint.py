@@ -130,13 +130,15 @@ class Checkpoints:
         restored = jax.tree.unflatten(jax.tree.structure(train_state), [items.train_state[key] for key in leaves])
         return _flat(items.params), restored, items.loader
 
-    def wait(self) -> None:
-        """Until the last save is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
         """Waits for the last save."""
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def array_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -146,6 +148,26 @@ def array_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree).items()}
+
+
+def check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises: ValueError, listing every array of the folder that is missing, extra or of another shape."""
+    problems = shape_problems({path: stored.shape for path, stored in array_shapes(folder).items()}, expected)
+    if problems:
+        raise ValueError(f"{folder} does not fit this model; use the preset it was trained with:\n  " + "\n  ".join(problems))
+
+
+def shape_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for each array that is missing, extra or of another shape."""
+    return [
+        *(f"missing: {path} {shape}" for path, shape in expected.items() if path not in found),
+        *(f"extra: {path} {tuple(shape)}" for path, shape in found.items() if path not in expected),
+        *(
+            f"misshaped: {path} is {tuple(found[path])}, expected {shape}"
+            for path, shape in expected.items()
+            if path in found and tuple(found[path]) != shape
+        ),
+    ]
 
 
 def load_arrays(

@@ -42,14 +42,7 @@ def openpi_shapes(config: Pi0Config) -> dict[str, Shape]:
 
 def check(shapes: Mapping[str, Shape], config: Pi0Config) -> None:
     """Raises: ValueError, listing every missing, extra and misshaped parameter."""
-    expected = openpi_shapes(config)
-    problems = [f"missing: {path} {shape}" for path, shape in expected.items() if path not in shapes]
-    problems += [f"extra: {path} {tuple(shape)}" for path, shape in shapes.items() if path not in expected]
-    problems += [
-        f"misshaped: {path} is {tuple(shapes[path])}, expected {shape}"
-        for path, shape in expected.items()
-        if path in shapes and tuple(shapes[path]) != shape
-    ]
+    problems = checkpoint.shape_problems(shapes, openpi_shapes(config))
     if problems:
         raise ValueError(
             f"{len(problems)} parameters do not fit this config; convert with the config they were trained with:\n  "
@@ -103,12 +96,18 @@ def load_openpi_checkpoint(path: str | Path, config: Pi0Config, mesh: Mesh | Non
         FileNotFoundError: no checkpoint there.
         ValueError: listing every missing, extra and misshaped parameter, before any is read.
     """
+    return load_openpi_model_and_dead(path, config, mesh)[0]
+
+
+def load_openpi_model_and_dead(path: str | Path, config: Pi0Config, mesh: Mesh | None = None) -> tuple[Pi0, Params]:
+    """As `load_openpi_checkpoint`, and the dead parameters."""
     folder = _folder(path)
     check(_openpi_shapes_of(folder), config)
+    flat = load_openpi_params(folder, mesh)
     shardings = None
     if mesh is not None:
         shardings = fsdp.weight_shardings(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), mesh)
-    return from_openpi(load_openpi_params(folder, mesh), config, shardings)
+    return from_openpi(flat, config, shardings), dead_params(flat, config)
 
 
 def load_openpi_params(path: str | Path | epath.Path, mesh: Mesh | None = None) -> Params:
@@ -162,7 +161,6 @@ def convert_from_openpi(
     dtype: DType = "bfloat16",
     asset_id: str | None = None,
     robot: str | None = None,
-    mesh: Mesh | None = None,
 ) -> None:
     """Make a run of an openpi checkpoint, for `--init-from` and for inference.
 
@@ -182,11 +180,9 @@ def convert_from_openpi(
     config = infer_config(shapes, dtype, action_horizon=action_horizon, **unseen)
     check(shapes, config)
     stats = _choose_stats(find_norm_stats(folder), asset_id)
-    flat = load_openpi_params(folder, mesh)
-    model = from_openpi(flat, config)
-    tokenizer = "paligemma"
-    RunConfig(config, robots.find_robot(robot) if robot else None, tokenizer).save(out)
-    checkpoint.save_arrays(out / "dead", dead_params(flat, config))
+    model, dead = load_openpi_model_and_dead(src, config)
+    RunConfig(config, robots.find_robot(robot) if robot else None, tokenizer="paligemma").save(out)
+    checkpoint.save_arrays(out / "dead", dead)
     checkpoints = Checkpoints(out)
     checkpoints.save(0, params={path: variable[...] for path, variable in flatten(model).items()}, norm_stats=stats)
     checkpoints.close()

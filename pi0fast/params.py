@@ -68,9 +68,13 @@ def flatten(tree: nnx.Module | nnx.State) -> dict[str, nnx.Variable[Array]]:
 
 
 def replace(model: nnx.Module, weights: Mapping[str, Array]) -> nnx.Module:
-    """A copy of the model with these weights in place of its own (values or shapes)."""
+    """A copy of the model with these weights, by path, in place of its own."""
     graphdef, state = nnx.split(model)
-    flat = [
+    return nnx.merge(graphdef, replace_state(state, weights))
+
+
+def replace_state(state: nnx.State, weights: Mapping[str, Array]) -> nnx.State:
+    """A copy of the state with these weights, by path, in place of its own."""
+    return nnx.from_flat_state(
         (path, variable.replace(weights["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    )

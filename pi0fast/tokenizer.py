@@ -75,6 +75,13 @@ class PromptTokenizer:
             )
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """The sentencepiece model that a run names: `demo` (shipped), `paligemma` (`find_tokenizer`), or a path."""
+    if name == "demo":
+        return DEMO_TOKENIZER
+    return find_tokenizer(None if name == "paligemma" else name)
+
+
 def find_tokenizer(path: str | Path | None = None) -> Path:
     """PaliGemma's sentencepiece model: `path`, else $PI0FAST_TOKENIZER, else the cache, else downloaded into it.
 
