@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import augmax
 import jax
@@ -28,7 +29,7 @@ def augment(observation: Observation, keys: Key[Array, " B"]) -> Observation:
     return dataclasses.replace(observation, images=images)
 
 
-def _augment_one(camera: str, key: Key[Array, ""], image: Float[Array, "height width 3"]) -> Array:
+def _augment_one(camera: str, key: Key[Array, ""], image: Float[Array, "height width 3"]) -> Any:
     height, width, _ = image.shape
     transforms = []
     if "wrist" not in camera:

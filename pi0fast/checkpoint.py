@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jaxtyping import Array, DTypeLike
@@ -104,7 +105,10 @@ class Checkpoints:
 
         params: weights by path. A checkpoint without train_state and loader serves inference and a new run only.
         """
-        items = {"params": ocp.args.StandardSave(_nest(params)), "assets": ocp.args.JsonSave(normalize.to_dict(norm_stats))}
+        items = {
+            "params": ocp.args.StandardSave(_nest(params)),
+            "assets": ocp.args.JsonSave(normalize.to_dict(norm_stats)),
+        }
         if train_state is not None and loader is not None:
             items["train_state"] = ocp.args.StandardSave(_leaves(train_state))
             items["loader"] = ocp.args.JsonSave(dict(loader))
@@ -127,8 +131,8 @@ class Checkpoints:
                 loader=ocp.args.JsonRestore(),
             ),
         )
-        restored = jax.tree.unflatten(jax.tree.structure(train_state), [items.train_state[key] for key in leaves])
-        return _flat(items.params), restored, items.loader
+        restored = jax.tree.unflatten(jax.tree.structure(train_state), [items["train_state"][key] for key in leaves])
+        return _flat(items["params"]), restored, items["loader"]
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -141,7 +145,7 @@ class Checkpoints:
         self.close()
 
 
-def array_shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+def array_shapes(folder: epath.Path | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays saved in a folder, by path. Raises: FileNotFoundError if there are none."""
     if not (folder / "_METADATA").exists():
         raise FileNotFoundError(f"{folder} holds no orbax arrays (no _METADATA); is it a checkpoint that was cut off?")
@@ -154,7 +158,9 @@ def check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises: ValueError, listing every array of the folder that is missing, extra or of another shape."""
     problems = shape_problems({path: stored.shape for path, stored in array_shapes(folder).items()}, expected)
     if problems:
-        raise ValueError(f"{folder} does not fit this model; use the preset it was trained with:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"{folder} does not fit this model; use the preset it was trained with:\n  " + "\n  ".join(problems)
+        )
 
 
 def shape_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -171,7 +177,10 @@ def shape_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, 
 
 
 def load_arrays(
-    folder: Path, *, shardings: Mapping[str, Sharding] | None = None, dtypes: Mapping[str, DTypeLike] | None = None
+    folder: epath.Path | Path,
+    *,
+    shardings: Mapping[str, Sharding] | None = None,
+    dtypes: Mapping[str, DTypeLike] | None = None,
 ) -> dict[str, Array]:
     """Arrays by path, each read straight to where it goes (the default device without `shardings`).
 

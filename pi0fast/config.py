@@ -73,10 +73,10 @@ class Pi0Config:
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")
         if any(getattr(vlm, name) != getattr(action, name) for name in shared):
             raise ValueError(
-                f"the experts attend jointly, so {', '.join(shared)} must be equal; got vlm={vlm}, action_expert={action}"
+                f"the experts attend jointly, so {', '.join(shared)} must be equal; got {vlm} and {action}"
             )
         if vlm.depth < 2:
-            raise ValueError(f"depth={vlm.depth}: the last layer of the VLM is its own module, so use at least 2 layers")
+            raise ValueError(f"depth={vlm.depth}: the VLM's last layer is a module of its own; use at least 2 layers")
         if self.image_size % self.siglip.patch_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.siglip.patch_size}")
         if action.width % 2:

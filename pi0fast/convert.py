@@ -20,7 +20,7 @@ import tyro
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from pi0fast import checkpoint, fsdp, normalize, robots
 from pi0fast.checkpoint import Checkpoints, RunConfig
@@ -51,7 +51,7 @@ def check(shapes: Mapping[str, Shape], config: Pi0Config) -> None:
 
 
 def from_openpi(
-    flat_params: Mapping[str, Array], config: Pi0Config, shardings: Mapping[str, Sharding] | None = None
+    flat_params: Mapping[str, ArrayLike], config: Pi0Config, shardings: Mapping[str, Sharding] | None = None
 ) -> Pi0:
     """openpi's parameters → our model, dtypes kept.
 
@@ -208,7 +208,7 @@ def convert_to_openpi(run: Path, out: Path, *, asset_id: str = "pi0fast") -> Non
 def _choose_stats(found: Mapping[str, dict[str, NormStats]], asset_id: str | None) -> dict[str, NormStats]:
     if asset_id is None and len(found) == 1:
         return next(iter(found.values()))
-    if asset_id not in found:
+    if asset_id is None or asset_id not in found:
         raise ValueError(f"the checkpoint has statistics for {sorted(found)}; choose one with --asset-id")
     return found[asset_id]
 

@@ -137,7 +137,7 @@ def _expert(config: TransformerConfig, suffix: str, ours: str, *, adaptive: bool
 
 def _siglip(config: SiglipConfig, vlm_width: int, num_tokens: int) -> list[Rule]:
     d, f, heads = config.width, config.mlp_dim, (config.num_heads, config.width // config.num_heads)
-    layers = {"depth": config.depth}
+    layers: dict[str, Any] = {"depth": config.depth}
     block, ours = f"{IMG}/Transformer/encoderblock", "siglip/layers"
     attn = f"{block}/MultiHeadDotProductAttention_0"
     qkv = ("query", "key", "value")
@@ -188,7 +188,12 @@ def infer_config(shapes: Mapping[str, Shape], dtype: DType, **unseen: int) -> Pi
         layers = f"{LLM}/layers"
         depth, num_heads, _, head_dim = shapes[f"{layers}/attn/q_einsum/w"]
         num_kv_heads = shapes[f"{layers}/attn/kv_einsum/w"][2]
-        attention = {"depth": depth, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        attention: dict[str, int] = {
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
         (_, vlm_mlp, vlm), (_, action_mlp, action) = (shapes[f"{layers}/mlp{suffix}/linear"] for suffix in ("", "_1"))
         vision_depth, vision_width, vision_mlp = shapes[f"{IMG}/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"]
         vision_heads = shapes[f"{IMG}/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"][2]
@@ -203,7 +208,8 @@ def infer_config(shapes: Mapping[str, Shape], dtype: DType, **unseen: int) -> Pi
             vocab_size=shapes[f"{LLM}/embedder/input_embedding"][0],
             image_size=patch_size * math.isqrt(shapes[f"{IMG}/pos_embedding"][1]),
             dtype=dtype,
-            **{"max_token_len": 200 if pi05 else 48, **unseen},
+            max_token_len=unseen.get("max_token_len", 200 if pi05 else 48),
+            action_horizon=unseen.get("action_horizon", 50),
         )
     except KeyError as missing:
         raise ValueError(f"this is no openpi Pi0 checkpoint: it has no parameter {missing}") from None

@@ -86,4 +86,3 @@ class Execution:
 def _save_all_but_gathered(primitive, *_, **params) -> bool:
     gathered = primitive.name.startswith("all_gather") or params.get("name") == GATHERED
     return not gathered
-

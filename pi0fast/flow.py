@@ -13,9 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 Actions = Float[Array, "B H A"]
 
 
-def draw(
-    key: Key[Array, ""], example: Int[Array, " B"], shape: tuple[int, int]
-) -> tuple[Actions, Float[Array, " B"]]:
+def draw(key: Key[Array, ""], example: Int[Array, " B"], shape: tuple[int, int]) -> tuple[Actions, Float[Array, " B"]]:
     """Noise `N(0, 1)` `[B, H, A]` and time `Beta(1.5, 1) * 0.999 + 0.001` `[B]`.
 
     Each example draws from its own key, so that the numbers do not depend on how the batch is sharded.
@@ -40,9 +38,7 @@ def loss(velocity: Actions, actions: Actions, noise: Actions) -> Float[Array, "B
     return jnp.mean(jnp.square(velocity - (noise - actions)), axis=-1)
 
 
-def integrate(
-    velocity: Callable[[Actions, Float[Array, " B"]], Actions], noise: Actions, num_steps: int
-) -> Actions:
+def integrate(velocity: Callable[[Actions, Float[Array, " B"]], Actions], noise: Actions, num_steps: int) -> Actions:
     """Euler steps from noise at t = 1 to actions at t = 0."""
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: sampling needs at least one Euler step")

@@ -71,7 +71,9 @@ def specs(tree: Any) -> Any:
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """As `specs`, on a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree), is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs(tree), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def weight_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -80,7 +82,9 @@ def weight_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
     return {path: NamedSharding(mesh, specs(variable)) for path, variable in placed.items()}
 
 
-def execution(mesh: Mesh, *, remat: Remat, implementation: Any = None, reduce_dtype: DTypeLike = jnp.float32) -> Execution:
+def execution(
+    mesh: Mesh, *, remat: Remat, implementation: Any = None, reduce_dtype: DTypeLike = jnp.float32
+) -> Execution:
     """How the model runs inside `shard_map` over this mesh."""
     if mesh.size == 1:
         return Execution(remat=remat, implementation=implementation)

@@ -16,12 +16,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, Int
+from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 
 from pi0fast.config import TransformerConfig
 from pi0fast.execution import Execution
 from pi0fast.layout import PrefixLayout
 from pi0fast.params import Linear, param, stack, zeros
-from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 
 
 class Rotation(NamedTuple):
@@ -59,9 +59,7 @@ class RMSNorm(nnx.Module):
             self.scale = param(rngs, (width,), (None,), zeros)
         self.adaptive = adaptive
 
-    def modulate(
-        self, cond: Float[Array, "B D"] | None
-    ) -> tuple[Array, Array | None, Array | None]:
+    def modulate(self, cond: Float[Array, "B D"] | None) -> tuple[Array, Array | None, Array | None]:
         """scale, shift, gate. The gate belongs to the branch that starts at this norm."""
         if not self.adaptive:
             return self.scale[...], None, None
@@ -136,9 +134,7 @@ class Vlm(nnx.Module):
         self.layers = stack(config.depth - 1, rngs, lambda rngs: Layer(config, False, rngs=rngs))
         self.last = KeyValue(config, False, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution
-    ) -> KVCache:
+    def __call__(self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution) -> KVCache:
         rotation = Rotation.at(layout.prefix_positions, self.head_dim)
         free = (0, 0), (layout.suffix_positions.shape[1], 0), (0, 0), (0, 0)
 

@@ -1,5 +1,6 @@
 """`"data:2,fsdp:4"` → a device mesh, and the batch's place on it."""
 
+import contextlib
 import math
 
 import jax
@@ -18,9 +19,13 @@ def parse(spec: str) -> dict[str, int]:
     for part in spec.split(","):
         name, _, size = part.strip().partition(":")
         if name not in AXES or name in sizes:
-            raise ValueError(f"--mesh={spec!r}: {name!r} must be one of {', '.join(AXES)}, each once, as in 'data:2,fsdp:4'")
+            raise ValueError(
+                f"--mesh={spec!r}: {name!r} must be one of {', '.join(AXES)}, each once, as in 'data:2,fsdp:4'"
+            )
         if not size.removeprefix("-").isdigit() or int(size) == 0 or int(size) < -1:
-            raise ValueError(f"--mesh={spec!r}: the size of {name!r} must be a positive integer, or -1 for what is left")
+            raise ValueError(
+                f"--mesh={spec!r}: the size of {name!r} must be a positive integer, or -1 for what is left"
+            )
         sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:
         raise ValueError(f"--mesh={spec!r}: only one axis can be -1")
@@ -42,17 +47,17 @@ def make(spec: str) -> Mesh:
         sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     shape = tuple(sizes.values())
     if math.prod(shape) > len(devices) or len(devices) % math.prod(shape):
-        raise ValueError(f"--mesh={spec!r} needs {fixed} devices and there are {len(devices)}; use fsdp:-1 to take them all")
+        raise ValueError(
+            f"--mesh={spec!r} needs {fixed} devices and there are {len(devices)}; use fsdp:-1 to take them all"
+        )
     devices = devices[: math.prod(shape)]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def _make_cpu_devices(count: int) -> None:
     """Has no effect on accelerators. Once a backend runs, its number of devices is fixed."""
-    try:
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -59,15 +59,13 @@ class Linear(nnx.Module):
         return x @ self.kernel[...] + self.bias[...].astype(x.dtype)
 
 
-
-
 def flatten(tree: nnx.Module | nnx.State) -> dict[str, nnx.Variable[Array]]:
     """Every weight by its path, e.g. `vlm/layers/q`, in sorted order."""
     state = nnx.state(tree) if isinstance(tree, nnx.Module) else tree
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def replace(model: nnx.Module, weights: Mapping[str, Array]) -> nnx.Module:
+def replace[M: nnx.Module](model: M, weights: Mapping[str, Array]) -> M:
     """A copy of the model with these weights, by path, in place of its own."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, replace_state(state, weights))

@@ -159,7 +159,9 @@ def _validate(config: Pi0Config, observation: Observation, actions: Float[Array,
         "tokenized_prompt_mask": (observation.tokenized_prompt_mask, observation.tokenized_prompt.shape),
     }
     if unknown := set(observation.images) - set(config.cameras):
-        raise ValueError(f"cameras {sorted(unknown)} are not in Pi0Config.cameras={config.cameras}; rename or drop them")
+        raise ValueError(
+            f"cameras {sorted(unknown)} are not in Pi0Config.cameras={config.cameras}; rename or drop them"
+        )
     if set(observation.images) != set(observation.image_masks):
         raise ValueError(
             f"images has cameras {sorted(observation.images)} and image_masks {sorted(observation.image_masks)}; "

@@ -50,7 +50,9 @@ class Report:
     def print(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def step(self, step: int, metrics: Mapping[str, float], *, wait_s: float, samples: int, flops: float, peak: float | None):
+    def step(
+        self, step: int, metrics: Mapping[str, float], *, wait_s: float, samples: int, flops: float, peak: float | None
+    ):
         """Count one finished step; every `log_every` of them, write the rates since the last time.
 
         flops: of one step. peak: FLOP/s of all devices together; without it, TFLOP/s stand for MFU.
@@ -118,12 +120,12 @@ def _cut(path: Path, start: int) -> None:
 def _open_tracker(tracker: Tracker | None, run: Path) -> Any:
     """A function that takes one line of metrics."""
     if tracker == "tensorboard":
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]: an optional dependency
 
         writer = SummaryWriter(str(run / "tensorboard"))
         return lambda line: [writer.add_scalar(key, value, line["step"]) for key, value in line.items()]
     if tracker == "wandb":
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]: an optional dependency
 
         wandb.init(project="pi0fast", name=run.name, dir=run)
         return lambda line: wandb.log(line, step=line["step"])

@@ -155,7 +155,12 @@ Step = Callable[[TrainState, nnx.State, dict[str, Any]], tuple[TrainState, dict[
 
 
 def make_step(
-    graphdef: nnx.GraphDef, model_config: Pi0Config, settings: Settings, mesh: Mesh, state: TrainState, frozen: nnx.State
+    graphdef: nnx.GraphDef,
+    model_config: Pi0Config,
+    settings: Settings,
+    mesh: Mesh,
+    state: TrainState,
+    frozen: nnx.State,
 ) -> Step:
     """`state, metrics = step(state, frozen, batch)`; the state is donated."""
     execution = fsdp.execution(mesh, remat=settings.remat)
@@ -196,7 +201,7 @@ def make_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
             weights = optax.apply_updates(state.weights, updates)
             average = state.average
-            if average is not None:
+            if average is not None and settings.optim.ema_decay is not None:
                 average = optim.update_average(average, weights, settings.optim.ema_decay)
         metrics = {
             "loss": loss,
@@ -204,7 +209,9 @@ def make_step(
             "learning_rate": jnp.asarray(schedule(state.step)),
             "losses": losses,
         }
-        return TrainState(state.step + 1, weights, average, opt_state), metrics
+        return dataclasses.replace(
+            state, step=state.step + 1, weights=weights, average=average, opt_state=opt_state
+        ), metrics
 
     where = fsdp.shardings(state, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
@@ -222,7 +229,7 @@ def check_finite(step: int, metrics: dict[str, Array], index: np.ndarray) -> dic
     losses = np.concatenate([np.asarray(shard.data) for shard in metrics["losses"].addressable_shards])
     bad = np.flatnonzero(~np.isfinite(losses))
     where = (
-        f"samples {index[bad].tolist()} of the data set (places {bad.tolist()} of the batch) have a loss that is not finite"
+        f"samples {index[bad].tolist()} of the data set (batch indices {bad.tolist()}) have a loss that is not finite"
         if len(bad)
         else "each sample's loss is finite, so it is the gradient that overflowed"
     )
@@ -314,9 +321,7 @@ def train(preset: str, settings: Settings) -> Path:
         RunConfig(model_config, transform.robot, settings.input.tokenizer, to_dict(settings)).save(run)
         if dead:
             checkpoint.save_arrays(run / "dead", dead)
-    step_flops = flops.train_step(
-        model_config, len(transform.cameras), model_config.max_token_len, settings.batch_size
-    )
+    step_flops = flops.train_step(model_config, len(transform.cameras), model_config.max_token_len, settings.batch_size)
     peak = flops.peak(mesh.devices.flat[0].device_kind)
     train_step = make_step(graphdef, model_config, settings, mesh, state, frozen)
     stop = StopSignal()
@@ -335,7 +340,14 @@ def train(preset: str, settings: Settings) -> Path:
         """Check and report dispatched steps. A step is checked while the next one runs."""
         for number, metrics, index, wait_s in pending:
             scalars = check_finite(number, metrics, index)
-            report.step(number, scalars, wait_s=wait_s, samples=settings.batch_size, flops=step_flops, peak=peak and peak * mesh.size)
+            report.step(
+                number,
+                scalars,
+                wait_s=wait_s,
+                samples=settings.batch_size,
+                flops=step_flops,
+                peak=peak and peak * mesh.size,
+            )
         pending.clear()
 
     with report, stop, checkpoints:

@@ -10,7 +10,7 @@ def success_rate(policy, episodes: int, seed: int = 1) -> float:
     simulator, successes = demo.Simulator(seed, size=8), 0
     for _ in range(episodes):
         simulator.reset()
-        done = False
+        done, info = False, {}
         while not done:
             _, done, info = simulator.step(policy(simulator))
         successes += info["success"]
@@ -82,7 +82,7 @@ def test_step_moves_at_most_the_limit_and_stays_on_the_table():
     before = simulator.agent.copy()
     simulator.step([5.0, -5.0])
     assert np.linalg.norm(simulator.agent - before) == pytest.approx(demo.MAX_STEP)
-    before, near = simulator.agent.copy(), simulator.agent + [0.0, 0.01]
+    before, near = simulator.agent.copy(), [*simulator.agent, 0.0, 0.01]
     simulator.step(near)
     np.testing.assert_allclose(simulator.agent, near)
     simulator.agent = np.array([0.99, 0.01])
@@ -107,7 +107,7 @@ def test_resting_on_another_block_fails():
     simulator.reset()
     other = (simulator.wanted + 1) % demo.NUM_BLOCKS
     simulator.agent = simulator.blocks[other].copy()
-    done = False
+    done, info = False, {}
     while not done:
         _, done, info = simulator.step(simulator.blocks[other])
     assert info == {"touched": simulator.colours[other], "success": False}
@@ -121,7 +121,7 @@ def test_passing_over_a_block_does_not_count(speed):
         simulator.blocks[:] = [(0.5, 0.5), (0.1, 0.1), (0.9, 0.1)]
         simulator.agent = np.array([0.3 + offset, 0.5])
         while simulator.agent[0] < 0.7:
-            _, done, info = simulator.step(simulator.agent + [speed, 0])
+            _, done, info = simulator.step([*simulator.agent, speed, 0])
             assert not done and info["touched"] is None
 
 

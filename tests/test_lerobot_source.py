@@ -3,6 +3,7 @@ import json
 import logging
 import pickle
 import shutil
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +123,8 @@ def test_chunks_and_padding_are_lerobots(source, dataset):
     reference = LeRobotDataset("demo", root=dataset, delta_timestamps=offsets, video_backend="pyav", return_uint8=True)
     assert len(reference) == len(source)
     for index in range(0, len(source), 5):
-        expected, sample = reference[index], source[index]
+        expected: Any = reference[index]
+        sample = source[index]
         np.testing.assert_array_equal(sample["actions"], expected["action"].numpy())
         np.testing.assert_array_equal(sample["action_is_pad"], expected["action_is_pad"].numpy())
         np.testing.assert_array_equal(sample["state"], expected["observation.state"].numpy())

@@ -6,7 +6,9 @@ from typing import Any
 Implementation = Callable[..., Any]
 
 
-def choose(op: str, requested: str | None, implementations: Mapping[str, tuple[Implementation, str | None]]) -> Implementation:
+def choose(
+    op: str, requested: str | None, implementations: Mapping[str, tuple[Implementation, str | None]]
+) -> Implementation:
     """The requested implementation, or the first that can run when `requested` is None.
 
     implementations: name → (function, the reason it cannot run or None), in order of preference.

@@ -1,16 +1,18 @@
 """The demo task: a simulated tabletop, small enough to learn on a laptop in minutes, and an expert that solves it.
 
 The table is the unit square, x to the right and y down. On it lie three round blocks of different colours and an agent;
-the prompt names one colour, and the agent must come to rest on that block. Resting, not passing over: a block counts as
-touched once the agent has been inside it for `DWELL_STEPS` consecutive steps, and crossing it at full speed takes fewer.
+the prompt names one colour, and the agent must come to rest on that block. Resting, not passing over: a block counts
+as touched once the agent has been inside it for `DWELL_STEPS` consecutive steps; crossing it at full speed takes
+fewer.
 
-Two cameras: `top` sees the whole table and the agent, `wrist` sees a window around the agent (and not the agent itself),
-so that the last centimetres are seen large.
+Two cameras: `top` sees the whole table and the agent, `wrist` sees a window around the agent (not the agent itself), so
+that the last centimetres are seen large.
 """
 
 import itertools
 
 import numpy as np
+import numpy.typing as npt
 
 COLOURS = {"red": (225, 40, 40), "green": (30, 165, 60), "blue": (45, 80, 225), "yellow": (245, 205, 30)}
 NUM_BLOCKS = 3
@@ -62,7 +64,7 @@ class Simulator:
         """Centre of the prompted block, [2]."""
         return self.blocks[self.wanted]
 
-    def step(self, action: np.ndarray) -> tuple[dict, bool, dict]:
+    def step(self, action: npt.ArrayLike) -> tuple[dict, bool, dict]:
         """Move the agent towards `action` [2], an absolute target (x, y), by at most `MAX_STEP`.
 
         Returns the observation, whether the episode is over (a block was touched, or `MAX_STEPS` have passed), and
@@ -72,10 +74,10 @@ class Simulator:
         """
         if self._done:
             raise RuntimeError("no episode is running; call reset() first")
-        action = np.asarray(action, np.float64)
-        if action.shape != (2,) or not np.isfinite(action).all():
+        target = np.asarray(action, np.float64)
+        if target.shape != (2,) or not np.isfinite(target).all():
             raise ValueError(f"action={action!r} is not a target of two finite numbers; pass (x, y)")
-        self.agent = _towards(self.agent, np.clip(action, 0, 1), MAX_STEP)
+        self.agent = _towards(self.agent, np.clip(target, 0, 1), MAX_STEP)
         self._steps += 1
 
         inside = np.flatnonzero(np.linalg.norm(self.blocks - self.agent, axis=1) < BLOCK_RADIUS)
@@ -100,7 +102,7 @@ class Simulator:
 
 
 def expert_action(simulator: Simulator) -> np.ndarray:
-    """The expert's target [2] float32: one step of `EXPERT_SPEED` straight towards the prompted block, or its centre."""
+    """The expert's target [2] float32: one step of `EXPERT_SPEED` straight to the prompted block, or its centre."""
     return _towards(simulator.agent, simulator.goal, EXPERT_SPEED).astype(np.float32)
 
 

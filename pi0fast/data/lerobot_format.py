@@ -20,7 +20,7 @@ class Frames:
     """The rows of a data set, one per frame, n in all; E episodes.
 
     values: per requested key float32 [n, dim]. timestamp: seconds since the start of the episode, float64 [n].
-    task: index into the prompts, int64 [n]. starts: int64 [E + 1], episode e is the rows starts[e] to starts[e + 1] - 1.
+    task: index into the prompts, int64 [n]. starts: int64 [E + 1], episode e is rows starts[e] to starts[e + 1] - 1.
     """
 
     values: dict[str, np.ndarray]

@@ -35,8 +35,8 @@ class LeRobotSource:
     cache_bytes: the decoded images are kept on disk if they are no larger than this; 0 decodes at every access.
     cache_dir: where they are kept (`frames.default_cache_dir()`).
 
-    Numeric columns are read and checked at construction, before anything is decoded. Raises FileNotFoundError when there
-    is no data set; ValueError for one of another version, missing keys, wrong shapes, and bad samples ("error").
+    Numeric columns are read and checked at construction, before anything is decoded. Raises FileNotFoundError when
+    there is no data set; ValueError for one of another version, missing keys, wrong shapes, and bad samples ("error").
 
     fps, num_episodes: of the data set. fingerprint: changes when the data set does. num_bad: samples known to be bad.
     replaced: samples that this process has replaced so far.

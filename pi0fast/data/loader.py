@@ -1,4 +1,4 @@
-"""Batches in a fixed order: a function of the seed and the data set alone, not of the number of workers or processes."""
+"""Batches in a fixed order: a function of the seed and the data set, not of the number of workers or processes."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -55,8 +55,8 @@ class Loader:
             raise ValueError("the source has no samples; pass one with data")
         if batch_size < 1 or workers < 0 or not 0 <= process_index < process_count:
             raise ValueError(
-                f"batch_size={batch_size} must be positive, workers={workers} at least 0, process_index={process_index} "
-                f"in [0, process_count={process_count})"
+                f"batch_size={batch_size} must be positive, workers={workers} at least 0, process_index="
+                f"{process_index} in [0, process_count={process_count})"
             )
         if batch_size % process_count:
             raise ValueError(
@@ -97,8 +97,8 @@ class Loader:
         for key, mine in self._identity().items():
             if state[key] != mine:
                 raise ValueError(
-                    f"the loader's saved state has {key}={state[key]!r}, this run {mine!r}, so the order of the data cannot "
-                    f"be continued; {_REMEDIES[key]}, or start the data from the beginning by not restoring the loader"
+                    f"the loader's saved state has {key}={state[key]!r}, this run {mine!r}, so the order of the data "
+                    f"cannot be continued; {_REMEDIES[key]}, or start the data anew by not restoring the loader"
                 )
         self.close()
         self._next_batch = int(state["next_batch"])

@@ -80,9 +80,7 @@ def test_gradients(case, computed):
 @pytest.mark.parametrize("compact", [True, False])
 def test_samples(case, compact, num_steps):
     execution = Execution(compact=compact)
-    sample = jax.jit(
-        lambda model, noise: model.sample_actions(case.observation, noise, num_steps, execution=execution)
-    )
+    sample = jax.jit(lambda model, noise: model.sample_actions(case.observation, noise, num_steps, execution=execution))
     assert_close(sample(case.model(), case.inputs["noise"]), case.values[f"sampled_{num_steps}"], VALUE_TOLERANCE)
 
 
@@ -91,6 +89,7 @@ def openpi_order(case: golden.Golden, layout: PrefixLayout):
     horizon, num_suffix = case.config.action_horizon, case.config.suffix_len
     suffix = [*range(horizon, num_suffix), *range(horizon)]
     order = layout.token_order if layout.token_order is not None else layout.key_order
+    assert order is not None
     return np.argsort(order, axis=1) + num_suffix, np.array(suffix)
 
 
@@ -124,7 +123,7 @@ def test_prefix_tokens_positions_masks_keys_values(case, compact):
 
 def visible(layout: PrefixLayout, places, query_places, suffix):
     """The `[B, P+S, P+S]` mask that the key ranges stand for, in openpi's order of tokens."""
-    batch, num_prefix = places.shape
+    batch = len(places)
     num_suffix = len(suffix)
     starts = np.take_along_axis(np.asarray(layout.prefix_start), query_places, axis=1) + num_suffix
     ends = np.take_along_axis(np.asarray(layout.prefix_end), query_places, axis=1) + num_suffix

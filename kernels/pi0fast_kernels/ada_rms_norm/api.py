@@ -62,8 +62,6 @@ def _validate(x, scale, shift, residual, gate) -> None:
         if modulation is not None and modulation.shape not in ((d,), (b, d)):
             raise ValueError(f"{name} has shape {modulation.shape}, expected [D] = {(d,)} or [B, D] = {(b, d)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype}{residual.shape} and x is {x.dtype}{x.shape}; give both alike"
-        )
+        raise ValueError(f"residual is {residual.dtype}{residual.shape} and x is {x.dtype}{x.shape}; give both alike")
     if gate is not None and residual is None:
         raise ValueError("a gate scales what is added to a residual; pass residual too")
