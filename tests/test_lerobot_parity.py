@@ -1,0 +1,234 @@
+"""Our numbers are lerobot's, in float32: the velocity, loss, gradients and samples of its PyTorch Pi0 and Pi0.5.
+
+One thing differs: lerobot computes the time embedding in float64, openpi and pi0fast in float32, where rounding an
+angle of up to 2π / 4e-3 moves its sine by up to 2e-4. `test_time_embedding` bounds that; everywhere else lerobot's
+model is given our embedding. With its own, velocities differ by up to 1.2e-5, samples 4e-6 and gradients 4e-5.
+"""
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from pi0fast import Observation, Pi0, convert, flow
+from pi0fast.config import BASE_CAMERAS, Pi0Config, SiglipConfig, TransformerConfig
+from tests import lerobot_weights
+
+TOLERANCE = 5e-6
+FAULT = 1e-2  # the least that a planted fault changes
+
+PI0 = Pi0Config(  # lerobot's code takes 8 heads for granted
+    vlm=TransformerConfig(width=64, depth=3, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=32),
+    action_expert=TransformerConfig(width=48, depth=3, mlp_dim=96, num_heads=8, num_kv_heads=1, head_dim=32),
+    siglip=SiglipConfig(width=48, depth=2, mlp_dim=80, num_heads=3, patch_size=14),
+    action_horizon=10,
+    action_dim=8,
+    max_token_len=16,
+    vocab_size=512,
+    image_size=56,
+    dtype="float32",
+)
+CONFIGS = {"pi0": PI0, "pi05": dataclasses.replace(PI0, pi05=True)}
+
+# openpi's path → an axis whose reversal swaps weights: keys and values, gate and up, layers, positions.
+SWAPS = {
+    "PaliGemma/llm/layers/attn/kv_einsum/w": 1,
+    "PaliGemma/llm/layers/mlp_1/gating_einsum": 1,
+    "PaliGemma/llm/layers/attn/q_einsum_1/w": 0,
+    "PaliGemma/img/Transformer/encoderblock/MlpBlock_0/Dense_0/bias": 0,
+    "PaliGemma/img/pos_embedding": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model by openpi's names, its inputs, and what lerobot computes from them."""
+
+    config: Pi0Config
+    params: dict[str, np.ndarray]
+    observation: Observation
+    actions: jax.Array
+    noise: jax.Array
+    t: jax.Array
+    velocity: np.ndarray
+    loss: np.ndarray
+    grads: dict[str, np.ndarray]
+    samples: np.ndarray
+
+    def model(self) -> Pi0:
+        return convert.from_openpi(self.params, self.config)
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def case(request) -> Case:
+    name, config = request.param, CONFIGS[request.param]
+    modeling = importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
+    model = build_lerobot(modeling, name.upper(), config)
+    observation, actions, noise, t = draw_inputs(config)
+
+    prefix = (
+        [to_torch(observation.images[camera]).permute(0, 3, 1, 2) for camera in BASE_CAMERAS],
+        [to_torch(observation.image_masks[camera]) for camera in BASE_CAMERAS],
+        to_torch(observation.tokenized_prompt),
+        to_torch(observation.tokenized_prompt_mask),
+    )
+    state = () if config.pi05 else (to_torch(observation.state),)
+    velocities = []
+    model.action_out_proj.register_forward_hook(lambda _module, _args, out: velocities.append(out.detach().numpy()))
+    with mock.patch.object(modeling, "create_sinusoidal_pos_embedding", our_time_embedding):
+        loss = model.forward(*prefix, *state, to_torch(actions), to_torch(noise), to_torch(t))
+        loss.mean().backward()
+        samples = model.sample_actions(*prefix, *state, noise=to_torch(noise))
+
+    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    grads = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    grads |= {name: weight.grad.numpy() for name, weight in model.named_parameters() if weight.grad is not None}
+    return Case(
+        config=config,
+        params=lerobot_weights.to_openpi(weights, config),
+        observation=observation,
+        actions=actions,
+        noise=noise,
+        t=t,
+        velocity=velocities[0],
+        loss=loss.detach().numpy().mean(axis=-1),
+        grads=lerobot_weights.to_openpi(grads, config),
+        samples=samples.numpy(),
+    )
+
+
+def build_lerobot(modeling: ModuleType, prefix: str, sizes: Pi0Config) -> Any:
+    """lerobot's model in sizes that its own configuration has no fields for, with no weight left at zero."""
+    real = modeling.PaliGemmaForConditionalGenerationWithPiGemma
+
+    def paligemma(config):
+        config.text_config.vocab_size = sizes.vocab_size
+        config.vision_config.hidden_size = sizes.siglip.width
+        config.vision_config.num_hidden_layers = sizes.siglip.depth
+        config.vision_config.intermediate_size = sizes.siglip.mlp_dim
+        config.vision_config.num_attention_heads = sizes.siglip.num_heads
+        config.vision_config.patch_size = sizes.siglip.patch_size
+        config.vision_config.projection_dim = sizes.vlm.width
+        return real(config)
+
+    experts = {"gemma_2b": sizes.vlm, "gemma_300m": sizes.action_expert}
+    config = getattr(modeling, f"{prefix}Config")(
+        dtype="float32",
+        device="cpu",
+        max_action_dim=sizes.action_dim,
+        max_state_dim=sizes.action_dim,
+        chunk_size=sizes.action_horizon,
+        n_action_steps=sizes.action_horizon,
+        image_resolution=(sizes.image_size, sizes.image_size),
+    )
+    with (
+        torch.random.fork_rng(),
+        mock.patch.object(modeling, "get_gemma_config", experts.__getitem__),
+        mock.patch.object(modeling, real.__name__, paligemma),
+    ):
+        torch.manual_seed(0)
+        model = getattr(modeling, f"{prefix}Pytorch")(config)
+        for weight in model.parameters():
+            std = 0.1 if weight.ndim < 2 else 0.7 * weight[0].numel() ** -0.5
+            weight.data += std * torch.randn_like(weight)
+    return model
+
+
+def draw_inputs(config: Pi0Config) -> tuple[Observation, jax.Array, jax.Array, jax.Array]:
+    """Observation, actions, noise and time of three examples: complete; a padded prompt; also a masked camera."""
+    rng = np.random.default_rng(0)
+    batch, size, length = 3, config.image_size, config.max_token_len
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((batch, *shape)), jnp.float32)
+
+    prompt_mask = np.arange(length) < np.array([[length], [11], [6]])
+    observation = Observation(
+        images={camera: jnp.clip(normal(size, size, 3) / 2, -1, 1) for camera in BASE_CAMERAS},
+        image_masks={camera: jnp.array([True, True, camera != "left_wrist_0_rgb"]) for camera in BASE_CAMERAS},
+        state=normal(config.action_dim),
+        tokenized_prompt=jnp.asarray(rng.integers(1, config.vocab_size, (batch, length)) * prompt_mask, jnp.int32),
+        tokenized_prompt_mask=jnp.asarray(prompt_mask),
+    )
+    actions, noise = (normal(config.action_horizon, config.action_dim) for _ in range(2))
+    return observation, actions, noise, jnp.array([0.9, 0.35, 0.02])
+
+
+def to_torch(array: jax.Array) -> torch.Tensor:
+    return torch.tensor(np.asarray(array))
+
+
+def our_time_embedding(t: torch.Tensor, width: int, **_) -> torch.Tensor:
+    return to_torch(flow.time_embedding(jnp.asarray(t.numpy()), width))
+
+
+def relative_error(actual, expected) -> float:
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+@jax.jit
+def velocity(model: Pi0, observation: Observation, x_t: jax.Array, t: jax.Array) -> jax.Array:
+    return model.velocity(observation, x_t, t)
+
+
+def velocity_error(case: Case, model: Pi0, observation: Observation) -> float:
+    x_t = flow.interpolate(case.actions, case.noise, case.t)
+    return relative_error(velocity(model, observation, x_t, case.t), case.velocity)
+
+
+def test_velocity(case):
+    assert velocity_error(case, case.model(), case.observation) < TOLERANCE
+
+
+def test_loss_and_gradients(case):
+    def mean_loss(model):
+        loss = model.loss(case.observation, case.actions, case.noise, case.t)
+        return jnp.mean(loss), loss
+
+    model = case.model()
+    (_, loss), grads = nnx.jit(nnx.value_and_grad(mean_loss, has_aux=True))(model)
+    assert relative_error(loss, case.loss) < TOLERANCE
+
+    grads = convert.to_openpi(nnx.merge(nnx.graphdef(model), grads))
+    assert sorted(grads) == sorted(case.grads)
+    for path, expected in case.grads.items():
+        # The constant is for SigLIP's key bias, to which softmax is blind: its gradient is rounding only.
+        bound = TOLERANCE * np.linalg.norm(expected) + 1e-7
+        assert np.linalg.norm(grads[path] - expected) < bound, path
+
+
+def test_samples(case):
+    samples = jax.jit(lambda model: model.sample_actions(case.observation, case.noise))(case.model())
+    assert relative_error(samples, case.samples) < TOLERANCE
+
+
+@pytest.mark.parametrize("path", SWAPS)
+def test_agreement_breaks_when_weights_are_swapped(case, path):
+    params = case.params | {path: np.flip(case.params[path], SWAPS[path])}
+    assert velocity_error(case, convert.from_openpi(params, case.config), case.observation) > FAULT
+
+
+@pytest.mark.parametrize("masks", ["image_masks", "tokenized_prompt_mask"])
+def test_agreement_breaks_without_masks(case, masks):
+    nothing_masked = jax.tree.map(jnp.ones_like, getattr(case.observation, masks))
+    observation = dataclasses.replace(case.observation, **{masks: nothing_masked})
+    assert velocity_error(case, case.model(), observation) > FAULT
+
+
+def test_time_embedding():
+    """Equal up to a few float32 roundings of the angle, which is all that lerobot's float64 changes."""
+    vla_utils = importlib.import_module("lerobot.policies.common.vla_utils")
+    t, width = jnp.linspace(0, 1, 101), 1024
+    expected = vla_utils.create_sinusoidal_pos_embedding(to_torch(t), width, 4e-3, 4.0, torch.device("cpu")).numpy()
+    angle = np.tile(np.asarray(t)[:, None] * 2 * np.pi / np.geomspace(4e-3, 4.0, width // 2), 2)
+    error = np.abs(np.asarray(flow.time_embedding(t, width)) - expected)
+    assert np.all(error < 4 * np.finfo(np.float32).eps * (1 + angle))
