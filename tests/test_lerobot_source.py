@@ -17,17 +17,17 @@ from pi0fast.data.lerobot_format import find_dataset
 from pi0fast.data.lerobot_source import LeRobotSource
 from pi0fast.robots import ROBOTS
 from pi0fast.transforms import resize_with_pad
+from tests.conftest import DEMO_EPISODES as EPISODES
 
 DEMO = ROBOTS["demo"]
 HORIZON = 8
-EPISODES = 6
 TOP, WRIST = "observation.images.top", "observation.images.wrist"
 CAMERA_OF = {key: camera for camera, key in DEMO.cameras.items()}
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return write_demo_dataset(tmp_path_factory.mktemp("data") / "demo", episodes=EPISODES)
+def dataset(demo_dataset):
+    return demo_dataset
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,146 @@
+"""Sizes, dtypes, initial values and input checks of the model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pi0fast import Pi0, config, flow
+from pi0fast.execution import Execution
+from pi0fast.params import flatten, replace
+from tests.golden import golden
+
+
+@pytest.mark.parametrize(("preset", "count"), [("pi0_base", 3_128_992_528), ("pi05_base", 3_244_377_872)])
+def test_live_parameter_counts(preset, count):
+    model = nnx.eval_shape(lambda: Pi0(config.PRESETS[preset](), rngs=nnx.Rngs(0)))
+    assert sum(variable.size for variable in flatten(model).values()) == count
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_weight_has_axis_names(preset):
+    model = nnx.eval_shape(lambda: Pi0(config.PRESETS[preset](), rngs=nnx.Rngs(0)))
+    for path, variable in flatten(model).items():
+        assert len(variable.get_metadata()["out_sharding"]) == variable.ndim, path
+        assert variable.dtype == jnp.float32, path
+
+
+def test_config_survives_json():
+    for preset in config.PRESETS.values():
+        assert config.from_dict(dataclasses.asdict(preset())) == preset()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("vlm", {"num_kv_heads": 3}, "not a multiple of num_kv_heads=3"),
+        ("vlm", {"head_dim": 31}, "head_dim=31 is odd"),
+        ("vlm", {"depth": 9}, "must be equal"),
+        ("siglip", {"num_heads": 7}, "not a multiple of num_heads=7"),
+        ("siglip", {"patch_size": 15}, "not a multiple of patch_size=15"),
+    ],
+)
+def test_sizes_that_do_not_fit(part, change, message):
+    tiny = config.pi0_tiny()
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny, **{part: dataclasses.replace(getattr(tiny, part), **change)})
+
+
+@pytest.fixture(scope="module")
+def case():
+    return golden.load("pi0_tiny")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": jnp.zeros((2, 7))}, r"state has shape \(2, 7\), expected \(2, 8\)"),
+        ({"images": {}}, "give one mask per image"),
+        ({"images": {"front": jnp.zeros((2, 224, 224, 3))}}, "not in Pi0Config.cameras"),
+        ({"tokenized_prompt_mask": jnp.ones((2, 3), bool)}, "tokenized_prompt_mask has shape"),
+    ],
+)
+def test_inputs_that_do_not_fit(case, change, message):
+    observation = dataclasses.replace(case.observation, **change)
+    model = nnx.eval_shape(case.model)
+    with pytest.raises(ValueError, match=message):
+        model.velocity(observation, case.inputs["noise"], case.inputs["time"])
+
+
+def test_bfloat16_is_close_to_float32(case):
+    """Activations in bfloat16 from the same float32 weights: a few percent, and float32 out."""
+    model = case.model()
+    half = replace(
+        nnx.eval_shape(lambda: Pi0(dataclasses.replace(case.config, dtype="bfloat16"), rngs=nnx.Rngs(0))),
+        {path: variable[...] for path, variable in flatten(model).items()},
+    )
+    velocity = jax.jit(lambda m: m.velocity(case.observation, case.inputs["noise"], case.inputs["time"]))
+    exact, rounded = velocity(model), velocity(half)
+    assert rounded.dtype == jnp.float32
+    error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.05
+
+
+def test_strict_dtype_promotion(case):
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(
+            lambda m: m.loss(*(case.observation, *(case.inputs[k] for k in ("actions", "noise", "time")))), case.model()
+        )
+
+
+def test_unknown_remat_policy(case):
+    with pytest.raises(ValueError, match="remat='some'"):
+        Execution(remat="some").checkpoint(lambda x: x)  # pyright: ignore[reportArgumentType]: the fault under test
+
+
+def test_noise_and_time_depend_on_the_example_alone():
+    key = jax.random.key(0)
+    noise, t = flow.draw(key, jnp.arange(6, dtype=jnp.uint32), (3, 2))
+    part_noise, part_t = flow.draw(key, jnp.array([4, 1], jnp.uint32), (3, 2))
+    np.testing.assert_array_equal(part_noise, noise[jnp.array([4, 1])])
+    np.testing.assert_array_equal(part_t, t[jnp.array([4, 1])])
+
+
+def test_distribution_of_time():
+    """Beta(1.5, 1) * 0.999 + 0.001 has mean 0.6004 and variance 0.0685 * 0.999²."""
+    noise, t = flow.draw(jax.random.key(1), jnp.arange(20_000, dtype=jnp.uint32), (2, 2))
+    assert 0.001 <= t.min() and t.max() <= 1
+    np.testing.assert_allclose(t.mean(), 0.001 + 0.999 * 0.6, atol=0.006)
+    np.testing.assert_allclose(t.var(), 0.999**2 * 1.5 / (2.5**2 * 3.5), atol=0.002)
+    np.testing.assert_allclose(noise.std(), 1, atol=0.01)
+
+
+def test_euler_steps_need_to_be_positive():
+    with pytest.raises(ValueError, match="num_steps=0"):
+        flow.integrate(lambda x, t: x, jnp.zeros((1, 2, 2)), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["pi0_base", "pi05_base"])
+def test_full_size_forward_pass_in_bfloat16(preset):
+    """One example with three cameras; the weights are bfloat16, so that model and activations fit 24 GB."""
+    size = config.PRESETS[preset]()
+    abstract = nnx.eval_shape(lambda: Pi0(size, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(1 << 20, dtype=np.float32)
+
+    def weight(shape):
+        std = 0.02 if len(shape) < 2 else shape[-2] ** -0.5
+        return jnp.asarray(np.resize(noise * std, shape).astype(jnp.bfloat16))
+
+    model = replace(abstract, {path: weight(variable.shape) for path, variable in flatten(abstract).items()})
+    shapes = {camera: (1, size.image_size, size.image_size, 3) for camera in size.cameras}
+    observation = golden.Observation(
+        images={camera: jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8)) for camera, shape in shapes.items()},
+        image_masks={camera: jnp.ones(1, bool) for camera in size.cameras},
+        state=jnp.ones((1, size.action_dim)),
+        tokenized_prompt=jnp.full((1, size.max_token_len), 7),
+        tokenized_prompt_mask=jnp.arange(size.max_token_len)[None] < 9,
+    )
+    x_t = jnp.asarray(rng.standard_normal((1, size.action_horizon, size.action_dim), dtype=np.float32))
+    velocity = jax.jit(lambda m, o, x: m.velocity(o, x, jnp.ones(1)))(model, observation, x_t)
+    assert velocity.shape == x_t.shape and velocity.dtype == jnp.float32
+    assert np.isfinite(velocity).all() and velocity.std() > 0

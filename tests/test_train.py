@@ -1,0 +1,292 @@
+"""The trainer on a real data set: it learns, meshes agree, runs resume exactly, faults end in a clear message."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pi0fast import checkpoint, config, train
+from pi0fast import mesh as meshes
+from pi0fast.checkpoint import RunConfig
+from pi0fast.config import SiglipConfig, TransformerConfig
+from pi0fast.optim import OptimConfig
+from pi0fast.params import flatten
+from pi0fast.settings import TINY
+
+# Weights of a few kilobytes: these tests are about the trainer, and compile in seconds.
+MINI = dataclasses.replace(
+    config.pi0_tiny(),
+    vlm=TransformerConfig(width=32, depth=2, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16),
+    action_expert=TransformerConfig(width=32, depth=2, mlp_dim=48, num_heads=2, num_kv_heads=1, head_dim=16),
+    siglip=SiglipConfig(width=32, depth=1, mlp_dim=48, num_heads=2, patch_size=14),
+)
+
+
+@pytest.fixture(autouse=True)
+def mini(monkeypatch):
+    """`pi0_tiny` stands for a smaller model in this process."""
+    monkeypatch.setitem(config.PRESETS, "pi0_tiny", lambda: MINI)
+
+
+@pytest.fixture
+def settings(demo_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(demo_dataset.parent / "cache"))
+    return dataclasses.replace(
+        TINY,
+        mesh="fsdp:1",
+        data=str(demo_dataset),
+        steps=6,
+        batch_size=8,
+        out=tmp_path / "run",
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=2, decay_steps=20),
+        output=dataclasses.replace(TINY.output, save_every=3, log_every=1),
+    )
+
+
+def changed(settings, group: str, **changes):
+    return dataclasses.replace(settings, **{group: dataclasses.replace(getattr(settings, group), **changes)})
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_weights(run):
+    step = checkpoint.newest_checkpoint(run)
+    return {
+        f"{item}/{path}": np.asarray(array)
+        for item in ("params", "train_state")
+        for path, array in checkpoint.load_arrays(step / item).items()
+    }
+
+
+def test_a_run_learns_and_is_a_folder(settings):
+    longer = dataclasses.replace(settings, steps=60, optim=OptimConfig(peak_lr=3e-3, warmup_steps=5, decay_steps=60))
+    run = train.train("pi0_tiny", longer)
+    curve = losses(run)
+    assert len(curve) == 60
+    assert np.mean(curve[-10:]) < 0.85 * np.mean(curve[:5])
+    assert RunConfig.load(run).model == MINI
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["57", "60"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait", "tflops"} <= set(lines[-1])
+
+
+@pytest.mark.parametrize("preset", ["pi0_tiny", "pi05_tiny"])
+def test_meshes_agree(settings, preset, monkeypatch):
+    """Losses of steps and the weights after them, to float32 rounding, augmentation included."""
+    monkeypatch.setitem(config.PRESETS, "pi05_tiny", lambda: dataclasses.replace(MINI, pi05=True, max_token_len=48))
+    settings = changed(dataclasses.replace(settings, steps=3), "input", augment=True)
+    runs = {
+        spec: train.train(preset, dataclasses.replace(settings, mesh=spec, out=settings.out / str(n), remat=remat))
+        for n, (spec, remat) in enumerate([("fsdp:1", "none"), ("fsdp:8", "mlp"), ("data:2,fsdp:4", "none")])
+    }
+    single = runs.pop("fsdp:1")
+    for run in runs.values():
+        np.testing.assert_allclose(losses(run), losses(single), rtol=2e-5)
+        weights = final_weights(run)
+        for path, expected in final_weights(single).items():
+            np.testing.assert_allclose(weights[path], expected, rtol=1e-3, atol=2e-5, err_msg=path)
+
+
+def test_resumed_run_is_bit_equal(settings):
+    whole = train.train("pi0_tiny", settings)
+    part = dataclasses.replace(settings, out=settings.out.with_name("part"))
+    train.train("pi0_tiny", dataclasses.replace(part, steps=3))
+    with (part.out / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')  # what a crash after step 4 leaves
+    run = train.train("pi0_tiny", dataclasses.replace(part, resume=True))
+    assert losses(run) == losses(whole)
+    resumed, expected = final_weights(run), final_weights(whole)
+    assert resumed.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(resumed[path], array, err_msg=path)
+
+
+def test_a_checkpoint_restores_onto_another_mesh(settings):
+    run = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
+    resumed = train.train("pi0_tiny", dataclasses.replace(settings, mesh="fsdp:8", resume=True))
+    assert run == resumed
+    whole = train.train("pi0_tiny", dataclasses.replace(settings, out=settings.out.with_name("whole")))
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=2e-5)
+
+
+def test_frozen_weights_do_not_change_and_cost_nothing(settings):
+    frozen = dataclasses.replace(settings, freeze="siglip,vlm,embedding", steps=2)
+    mesh = meshes.make("fsdp:1")
+    _, state, rest, _ = train.initialize(MINI, frozen, mesh)
+    kept = {path: np.array(variable[...]) for path, variable in flatten(rest).items()}
+    trained = {path: np.array(variable[...]) for path, variable in flatten(state.weights).items()}
+    assert {path.split("/")[0] for path in kept} == {"siglip", "vlm", "embedding"}
+    assert {path.split("/")[0] for path in trained} == {"action_expert", "head"}
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * sum(array.size for array in trained.values())
+    run = train.train("pi0_tiny", frozen)
+    weights = checkpoint.load_arrays(checkpoint.newest_checkpoint(run) / "params")
+    for path, array in kept.items():
+        np.testing.assert_array_equal(weights[path], array)
+    assert any((np.asarray(weights[path]) != array).any() for path, array in trained.items())
+
+
+def test_frozen_weights_are_in_the_models_dtype(settings):
+    half = dataclasses.replace(MINI, dtype="bfloat16")
+    _, state, rest, _ = train.initialize(half, dataclasses.replace(settings, freeze="siglip"), meshes.make("fsdp:1"))
+    assert {variable.dtype for variable in flatten(rest).values()} == {jnp.dtype("bfloat16")}
+    assert {variable.dtype for variable in flatten(state.weights).values()} == {jnp.dtype("float32")}
+
+
+def test_mask_padding_leaves_repeated_actions_out(settings):
+    masked = changed(dataclasses.replace(settings, steps=1), "input", mask_padding=True)
+    other = dataclasses.replace(settings, steps=1, out=settings.out.with_name("plain"))
+    assert losses(train.train("pi0_tiny", masked)) != losses(train.train("pi0_tiny", other))
+
+
+def test_weights_of_another_run_are_the_start(settings):
+    first = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
+    second = dataclasses.replace(settings, init_from=str(first), out=settings.out.with_name("second"))
+    _, state, _, dead = train.initialize(MINI, second, meshes.make("fsdp:8"))
+    weights = checkpoint.load_arrays(checkpoint.newest_checkpoint(first) / "params")
+    for path, variable in flatten(state.weights).items():
+        np.testing.assert_array_equal(variable[...], weights[path])
+    assert int(state.step) == 0 and not dead
+    with pytest.raises(ValueError, match=r"does not fit this model(.|\n)*misshaped: embedding"):
+        train.initialize(dataclasses.replace(MINI, vocab_size=600), second, meshes.make("fsdp:1"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings):
+    wild = changed(settings, "optim", peak_lr=1e30, clip_norm=1e30, warmup_steps=1)
+    with pytest.raises(train.NonFiniteLossError, match=r"step \d+: loss .*samples \[.*batch indices \[.*--resume"):
+        train.train("pi0_tiny", changed(dataclasses.replace(wild, steps=20), "output", save_every=1))
+    step = checkpoint.newest_checkpoint(settings.out)
+    assert all(np.isfinite(array).all() for array in final_weights(settings.out).values()), step
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_size": 12, "mesh": "fsdp:8"}, ValueError, "does not divide over 8 devices"),
+        ({"freeze": "vision"}, ValueError, "'vision' matches no weight"),
+        ({"data": "/nowhere"}, FileNotFoundError, "/nowhere"),
+        ({"robot": "aloha"}, ValueError, "observation.images.cam_high"),
+        ({"robot": "aloha", "data": None}, ValueError, "needs --data"),
+        ({"init_from": "/nowhere"}, FileNotFoundError, "/nowhere"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, changes, error, message, monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "pi0_tiny", lambda: dataclasses.replace(MINI, cameras=config.BASE_CAMERAS))
+    with pytest.raises(error, match=message):
+        train.train("pi0_tiny", dataclasses.replace(settings, **changes))
+    assert not settings.out.exists()
+
+
+def test_a_run_is_not_overwritten(settings):
+    train.train("pi0_tiny", dataclasses.replace(settings, steps=1))
+    with pytest.raises(FileExistsError, match="add --resume"):
+        train.train("pi0_tiny", settings)
+    with pytest.raises(ValueError, match="another model"):
+        train.train("pi05_tiny", dataclasses.replace(settings, resume=True))
+    with pytest.raises(ValueError, match="seed"):
+        train.train("pi0_tiny", dataclasses.replace(settings, resume=True, seed=5))
+
+
+# ── Real processes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def trainer(demo_dataset, tmp_path):
+    """Starts the command line on `pi0_tiny` as users have it; compiled once for all tests."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(demo_dataset.parent / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(demo_dataset.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(out, *flags):
+        command = [sys.executable, "-m", "pi0fast.train", f"--data={demo_dataset}", f"--out={tmp_path / out}"]
+        flags = ("--batch-size=4", "--output.log-every=1", *flags)
+        return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    return start
+
+
+def wait_for_step(run, step, process):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.02)
+    raise AssertionError("the trainer did not get that far")
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    return output.decode()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_run_is_bit_equal(trainer, tmp_path):
+    flags = ("--steps=40", "--output.save-every=7")
+    finish(trainer("whole", *flags))
+    rng = np.random.default_rng()
+    kills = 0
+    while True:
+        process = trainer("killed", *flags, "--resume")
+        wait_for_step(tmp_path / "killed", min(39, int(rng.integers(1, 16)) + 12 * kills), process)
+        time.sleep(rng.uniform(0, 0.5))
+        if kills == 3 or process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    finish(process)
+    assert kills >= 2
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    killed, whole = final_weights(tmp_path / "killed"), final_weights(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    for path, array in whole.items():
+        np.testing.assert_array_equal(killed[path], array, err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits(trainer, tmp_path, number):
+    process = trainer("run", "--steps=100000")
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    assert "--resume" in finish(process)
+    step = int(checkpoint.newest_checkpoint(tmp_path / "run").name)
+    assert step >= 3 and len(losses(tmp_path / "run")) == step
+    assert "Loss curve" in finish(trainer("run", f"--steps={step + 2}", "--resume"))
+
+
+@pytest.mark.slow
+def test_half_a_checkpoint_is_not_picked_up(trainer, tmp_path):
+    finish(trainer("run", "--steps=4", "--output.save-every=2"))
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    cut_off = newest.with_name("6.orbax-checkpoint-tmp")
+    shutil.copytree(newest, cut_off)
+    (cut_off / "commit_success.txt").unlink(missing_ok=True)
+    output = finish(trainer("run", "--steps=5", "--resume"))
+    assert "Loss curve" in output
+    assert [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()] and not cut_off.exists()
+
+
+@pytest.mark.slow
+def test_command_line_errors_are_one_line(trainer):
+    process = trainer("run", "--mesh=model:8")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert output.decode().strip().startswith("ValueError: --mesh='model:8'")
