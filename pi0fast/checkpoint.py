@@ -114,10 +114,6 @@ class Checkpoints:
             items["loader"] = ocp.args.JsonSave(dict(loader))
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        return self._manager.latest_step()
-
     def restore(
         self, step: int, params: Mapping[str, jax.ShapeDtypeStruct], train_state: Any
     ) -> tuple[dict[str, Array], Any, dict[str, Any]]:
@@ -207,12 +203,26 @@ def save_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
         checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(_nest(arrays)))
 
 
+def newest_step(run: Path) -> int | None:
+    """The newest complete checkpoint's step. orbax renames a checkpoint to its step once it is whole."""
+    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=None)
+
+
 def newest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run. Raises: FileNotFoundError if there is none."""
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    if not steps:
+    """The folder of the newest complete checkpoint. Raises: FileNotFoundError if there is none."""
+    step = newest_step(run)
+    if step is None:
         raise FileNotFoundError(f"{run} has no checkpoint; the run was stopped before its first save, train it again")
-    return run / "checkpoints" / str(max(steps))
+    return step_folder(run, step)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / str(step)
+
+
+def stats_path(checkpoint: Path) -> Path:
+    """The normalisation statistics of a checkpoint."""
+    return checkpoint / "assets" / "norm_stats.json"
 
 
 def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def convert_to_openpi(run: Path, out: Path, *, asset_id: str = "pi0fast") -> Non
     model = replace(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), weights)
     params = to_openpi(model, dead)
     checkpoint.save_arrays(out / "params", {f"params/{path}": array for path, array in params.items()})
-    normalize.save(out / "assets" / asset_id / "norm_stats.json", normalize.load(step / "assets" / "norm_stats.json"))
+    normalize.save(out / "assets" / asset_id / "norm_stats.json", normalize.load(checkpoint.stats_path(step)))
 
 
 def _choose_stats(found: Mapping[str, dict[str, NormStats]], asset_id: str | None) -> dict[str, NormStats]:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, UInt32
 
 Actions = Float[Array, "B H A"]
 
 
-def draw(key: Key[Array, ""], example: Int[Array, " B"], shape: tuple[int, int]) -> tuple[Actions, Float[Array, " B"]]:
+def draw(
+    key: Key[Array, ""], example: UInt32[Array, " B"], shape: tuple[int, int]
+) -> tuple[Actions, Float[Array, " B"]]:
     """Noise `N(0, 1)` `[B, H, A]` and time `Beta(1.5, 1) * 0.999 + 0.001` `[B]`.
 
     Each example draws from its own key, so that the numbers do not depend on how the batch is sharded.

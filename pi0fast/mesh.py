@@ -55,9 +55,10 @@ def make(spec: str) -> Mesh:
 
 
 def _make_cpu_devices(count: int) -> None:
-    """Has no effect on accelerators. Once a backend runs, its number of devices is fixed."""
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count)
+    """Has no effect on accelerators, nor where more are asked for already, nor once a backend runs."""
+    if count > jax.config.jax_num_cpu_devices:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

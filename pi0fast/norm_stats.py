@@ -50,8 +50,9 @@ def compute_norm_stats(dataset_root: Path, robot: Robot, action_horizon: int) ->
 
 
 def norm_stats_path(dataset_root: Path, robot: Robot, action_horizon: int) -> Path:
-    """Where a data set keeps the statistics of a robot: the name changes with all of the robot that they depend on."""
-    relevant = json.dumps([robot.state, robot.action, robot.delta_mask])
+    """Where a data set keeps the statistics of a robot: the name changes with what they depend on, its frames too."""
+    frames = json.loads((Path(dataset_root) / "meta" / "info.json").read_text())["total_frames"]
+    relevant = json.dumps([robot.state, robot.action, robot.delta_mask, frames])
     digest = hashlib.sha256(relevant.encode()).hexdigest()[:8]
     name = f"{robot.name}_h{action_horizon}_{digest}.json"
     return Path(dataset_root) / "meta" / "pi0fast" / "norm_stats" / name

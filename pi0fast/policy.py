@@ -54,7 +54,7 @@ class Policy:
         step = checkpoint.newest_checkpoint(run)
         abstract = nnx.eval_shape(lambda: Pi0(config.model, rngs=nnx.Rngs(0)))
         model = replace(abstract, checkpoint.load_arrays(step / "params"))
-        stats = normalize.load(step / "assets" / "norm_stats.json")
+        stats = normalize.load(checkpoint.stats_path(step))
         return Policy(model, make_transform(config, stats), num_steps=num_steps, seed=seed)
 
     @property

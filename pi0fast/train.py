@@ -44,14 +44,17 @@ from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
 from pi0fast.transforms import SampleTransform
 
 DEMO_DATA = Path("data/demo")
-DEMO_EPISODES = 400
+DEMO_EPISODES = 500
 
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def open_data(settings: Settings, model: Pi0Config) -> tuple[Loader, SampleTransform, dict[str, NormStats]]:
-    """The batches of this process, and the statistics that they are normalised with."""
+def open_data(
+    settings: Settings, model: Pi0Config, resumed: Path | None = None
+) -> tuple[Loader, SampleTransform, dict[str, NormStats]]:
+    """The batches of this process, and the statistics that they are normalised with: a resumed checkpoint's, or the
+    data set's, computed once."""
     robot = find_robot(settings.robot)
     data = settings.data
     if data is None:
@@ -62,7 +65,9 @@ def open_data(settings: Settings, model: Pi0Config) -> tuple[Loader, SampleTrans
         data, robot, model.action_horizon, model.image_size, on_bad_sample=settings.input.on_bad_sample
     )
     stats_path = norm_stats.norm_stats_path(source.root, robot, model.action_horizon)
-    if not stats_path.exists():
+    if resumed is not None:
+        stats_path = checkpoint.stats_path(resumed)
+    elif not stats_path.exists():
         normalize.save(stats_path, norm_stats.compute_norm_stats(source.root, robot, model.action_horizon))
     stats = normalize.load(stats_path)
     tokenizer = PromptTokenizer(resolve_tokenizer(settings.input.tokenizer), model.max_token_len)
@@ -106,7 +111,7 @@ class TrainState:
 
 
 def initialize(
-    model_config: Pi0Config, settings: Settings, mesh: Mesh
+    model_config: Pi0Config, settings: Settings, mesh: Mesh, init_from: str | None
 ) -> tuple[nnx.GraphDef, TrainState, nnx.State, dict[str, Array]]:
     """graphdef, train state, frozen weights, and openpi's dead parameters where the weights come from openpi.
 
@@ -125,10 +130,10 @@ def initialize(
         return fsdp.place((state, frozen), mesh)
 
     graphdef, _, _ = nnx.split(abstract, is_frozen, ...)
-    if settings.init_from is None:
+    if init_from is None:
         make, given, dead = lambda key: split(Pi0(model_config, rngs=nnx.Rngs(key))), jax.random.key(settings.seed), {}
     else:
-        model, dead = load_weights(settings.init_from, model_config, mesh)
+        model, dead = load_weights(init_from, model_config, mesh)
         whole, given = nnx.split(model)
         make = lambda weights: split(nnx.merge(whole, weights))  # noqa: E731
     where = fsdp.shardings(jax.eval_shape(make, given), mesh)
@@ -205,7 +210,7 @@ def make_step(
                 average = optim.update_average(average, weights, settings.optim.ema_decay)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step)),
             "losses": losses,
         }
@@ -310,17 +315,17 @@ def train(preset: str, settings: Settings) -> Path:
     meshes.check_batch(settings.batch_size, mesh)
     run = settings.out or Path("runs") / preset
     check_out(run, model_config, settings)
-    loader, transform, stats = open_data(settings, model_config)
-    graphdef, state, frozen, dead = initialize(model_config, settings, mesh)
+    start = checkpoint.newest_step(run) or 0
+    loader, transform, stats = open_data(settings, model_config, checkpoint.step_folder(run, start) if start else None)
+    graphdef, state, frozen, dead = initialize(model_config, settings, mesh, settings.init_from if not start else None)
 
+    if not start:
+        RunConfig(model_config, transform.robot, settings.input.tokenizer, to_dict(settings)).save(run)
+        if dead and not (run / "dead").exists():
+            checkpoint.save_arrays(run / "dead", dead)
     checkpoints = Checkpoints(run, keep_last=settings.output.keep_last, keep_every=settings.output.keep_every)
-    start = checkpoints.latest() or 0
     if start:
         state, frozen = restore(checkpoints, start, state, frozen, loader)
-    else:
-        RunConfig(model_config, transform.robot, settings.input.tokenizer, to_dict(settings)).save(run)
-        if dead:
-            checkpoint.save_arrays(run / "dead", dead)
     step_flops = flops.train_step(model_config, len(transform.cameras), model_config.max_token_len, settings.batch_size)
     peak = flops.peak(mesh.devices.flat[0].device_kind)
     train_step = make_step(graphdef, model_config, settings, mesh, state, frozen)

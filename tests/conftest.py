@@ -5,6 +5,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # starts the backend, so that nothing changes that number
 
 CHECKED = ("pi0fast_kernels", "pi0fast.flow", "pi0fast.gemma", "pi0fast.pi0", "pi0fast.siglip")
 install_import_hook(CHECKED, "beartype.beartype")

@@ -1,6 +1,5 @@
 """openpi checkpoints on disk, both ways, through the command line's functions."""
 
-import dataclasses
 import shutil
 
 import jax
@@ -110,8 +109,7 @@ def test_a_training_run_starts_from_openpi(case):
     from pi0fast import train
     from pi0fast.settings import TINY
 
-    settings = {"init_from": str(STEP), "mesh": "fsdp:8"}
-    _, state, _, dead = train.initialize(case.config, dataclasses.replace(TINY, **settings), meshes.make("fsdp:8"))
+    _, state, _, dead = train.initialize(case.config, TINY, meshes.make("fsdp:8"), str(STEP))
     expected = flatten(case.model())
     for path, variable in flatten(state.weights).items():
         np.testing.assert_array_equal(variable[...], expected[path][...], err_msg=path)

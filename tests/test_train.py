@@ -124,7 +124,7 @@ def test_a_checkpoint_restores_onto_another_mesh(settings):
 def test_frozen_weights_do_not_change_and_cost_nothing(settings):
     frozen = dataclasses.replace(settings, freeze="siglip,vlm,embedding", steps=2)
     mesh = meshes.make("fsdp:1")
-    _, state, rest, _ = train.initialize(MINI, frozen, mesh)
+    _, state, rest, _ = train.initialize(MINI, frozen, mesh, None)
     kept = {path: np.array(variable[...]) for path, variable in flatten(rest).items()}
     trained = {path: np.array(variable[...]) for path, variable in flatten(state.weights).items()}
     assert {path.split("/")[0] for path in kept} == {"siglip", "vlm", "embedding"}
@@ -140,7 +140,9 @@ def test_frozen_weights_do_not_change_and_cost_nothing(settings):
 
 def test_frozen_weights_are_in_the_models_dtype(settings):
     half = dataclasses.replace(MINI, dtype="bfloat16")
-    _, state, rest, _ = train.initialize(half, dataclasses.replace(settings, freeze="siglip"), meshes.make("fsdp:1"))
+    _, state, rest, _ = train.initialize(
+        half, dataclasses.replace(settings, freeze="siglip"), meshes.make("fsdp:1"), None
+    )
     assert {variable.dtype for variable in flatten(rest).values()} == {jnp.dtype("bfloat16")}
     assert {variable.dtype for variable in flatten(state.weights).values()} == {jnp.dtype("float32")}
 
@@ -153,14 +155,13 @@ def test_mask_padding_leaves_repeated_actions_out(settings):
 
 def test_weights_of_another_run_are_the_start(settings):
     first = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
-    second = dataclasses.replace(settings, init_from=str(first), out=settings.out.with_name("second"))
-    _, state, _, dead = train.initialize(MINI, second, meshes.make("fsdp:8"))
+    _, state, _, dead = train.initialize(MINI, settings, meshes.make("fsdp:8"), str(first))
     weights = checkpoint.load_arrays(checkpoint.newest_checkpoint(first) / "params")
     for path, variable in flatten(state.weights).items():
         np.testing.assert_array_equal(variable[...], weights[path])
     assert int(state.step) == 0 and not dead
     with pytest.raises(ValueError, match=r"does not fit this model(.|\n)*misshaped: embedding"):
-        train.initialize(dataclasses.replace(MINI, vocab_size=600), second, meshes.make("fsdp:1"))
+        train.initialize(dataclasses.replace(MINI, vocab_size=600), settings, meshes.make("fsdp:1"), str(first))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings):
