@@ -14,6 +14,7 @@ stores global arrays; a checkpoint restores onto any mesh.
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,14 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """orbax warns that a folder of arrays is not a whole checkpoint of its own; here it never is."""
+    return "Metadata file does not exist" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_quiet)
 
 
 def array_shapes(folder: epath.Path | Path) -> dict[str, jax.ShapeDtypeStruct]:

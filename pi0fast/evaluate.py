@@ -31,13 +31,16 @@ class Outcome:
         return self.touched == self.prompted
 
 
-def evaluate(policy: Policy, episodes: int, *, seed: int = UNSEEN_SEED, execute: int = 4) -> list[Outcome]:
+def evaluate(
+    policy: Policy, episodes: int, *, seed: int = UNSEEN_SEED, prompt_shift: int = 0, execute: int = 4
+) -> list[Outcome]:
     """Play episodes side by side, `execute` actions of each chunk at a time.
 
-    The layout of an episode and its prompt depend on `seed` and its number alone.
+    The layout of an episode depends on `seed` and its number alone; with another `prompt_shift` another of its blocks
+    is prompted.
     """
     simulators = [Simulator(seed + episode) for episode in range(episodes)]
-    observations = [simulator.reset() for simulator in simulators]
+    observations = [simulator.reset(prompt_shift) for simulator in simulators]
     frames = [[observation["observation.images.top"]] for observation in observations]
     touched: dict[int, str | None] = {}
     while len(touched) < episodes:
@@ -59,6 +62,16 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * np.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    episodes, successes = len(outcomes), sum(outcome.success for outcome in outcomes)
+    low, high = wilson_interval(successes, episodes)
+    wrong = sum(outcome.touched is not None and not outcome.success for outcome in outcomes)
+    return (
+        f"{successes}/{episodes} = {successes / episodes:.0%} (95 % confidence interval {low:.0%} to {high:.0%}); "
+        f"wrong block {wrong}, none within {MAX_STEPS} steps {episodes - successes - wrong}"
+    )
 
 
 def write_gif(outcomes: list[Outcome], path: Path, *, columns: int = 4, scale: int = 3) -> None:
@@ -95,13 +108,9 @@ def main(
     if policy.robot.name != "demo":
         raise ValueError(f"{run} is for the robot {policy.robot.name!r}; the simulator is the demo's")
     outcomes = evaluate(policy, episodes, seed=seed)
-    successes = sum(outcome.success for outcome in outcomes)
-    low, high = wilson_interval(successes, episodes)
-    wrong = sum(outcome.touched is not None and not outcome.success for outcome in outcomes)
-    print(
-        f"success {successes}/{episodes} = {successes / episodes:.0%}, 95 % confidence interval {low:.0%} to {high:.0%}"
-    )
-    print(f"wrong block {wrong}, none within {MAX_STEPS} steps {episodes - successes - wrong}")
+    print(f"success: {summary(outcomes)}")
+    shifted = evaluate(policy, episodes, seed=seed, prompt_shift=1)
+    print(f"the same layouts, another block prompted: {summary(shifted)}")
     if gif_episodes:
         write_gif(outcomes[:gif_episodes], run / "episodes.gif")
         print(f"Episodes: {run / 'episodes.gif'}")

@@ -16,12 +16,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, DTypeLike, Float, Int
-from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 
 from pi0fast.config import TransformerConfig
 from pi0fast.execution import Execution
 from pi0fast.layout import PrefixLayout
 from pi0fast.params import Linear, param, stack, zeros
+from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 
 
 class Rotation(NamedTuple):

@@ -28,6 +28,7 @@ class Report:
             TextColumn("{task.fields[shown]}"),
             TimeRemainingColumn(),
             console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, shown="compiling")
         self._path = run / "metrics.jsonl"
@@ -74,11 +75,13 @@ class Report:
             line["mfu"] = flops * count / elapsed / peak
         self._since, self._waited, self._counted = now, 0.0, 0
         efficiency = f"MFU {line['mfu']:.1%}" if peak else f"{line['tflops']:.3g} TFLOP/s"
-        self._progress.update(
-            self._task,
-            shown=f"loss {line['loss']:.4f}  grad {line['grad_norm']:.2f}  lr {line['learning_rate']:.1e}  "
-            f"{line['samples_per_s']:.1f} samples/s  data wait {line['data_wait']:.0%}  {efficiency}",
+        shown = (
+            f"loss {line['loss']:.4f}  grad {line['grad_norm']:.2f}  lr {line['learning_rate']:.1e}  "
+            f"{line['samples_per_s']:.1f} samples/s  data wait {line['data_wait']:.0%}  {efficiency}"
         )
+        self._progress.update(self._task, shown=shown)
+        if not self._console.is_terminal:  # a log file gets lines, a terminal the bar
+            self.print(f"step {step}  {shown}")
         if self._enabled:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

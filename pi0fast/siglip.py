@@ -10,11 +10,11 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
-from pi0fast_kernels import prefix_lm_attention
 
 from pi0fast.config import Pi0Config, SiglipConfig
 from pi0fast.execution import Execution
 from pi0fast.params import Linear, normal, ones, param, stack, zeros
+from pi0fast_kernels import prefix_lm_attention
 
 
 class LayerNorm(nnx.Module):

@@ -7,7 +7,6 @@ Reads top to bottom: the data, the train state, the step, the loop.
 """
 
 import dataclasses
-import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
 from pi0fast.transforms import SampleTransform
 
 DEMO_DATA = Path("data/demo")
-DEMO_EPISODES = 500
+DEMO_EPISODES = 1000
 
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -380,7 +379,6 @@ def train(preset: str, settings: Settings) -> Path:
 
 def main(arguments: list[str]) -> None:
     """The command line: `[PRESET] [flags]`. The preset decides the flags' defaults."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of its own metadata
     preset = "pi0_tiny" if not arguments or arguments[0].startswith("-") else arguments.pop(0)
     if preset not in DEFAULTS:
         sys.exit(f"there is no preset {preset!r}; the presets are {', '.join(DEFAULTS)}")

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi0fast import normalize
-from pi0fast.norm_stats import compute_norm_stats, find_dataset, main, norm_stats_path
+from pi0fast.data.lerobot_format import find_dataset
+from pi0fast.norm_stats import compute_norm_stats, main, norm_stats_path
 from pi0fast.robots import DEMO, Robot
 
 H = 5
@@ -130,11 +131,16 @@ def test_program_writes_beside_the_data(copy, tmp_path, capsys):
     assert normalize.load(tmp_path / "mine.json").keys() == {"state", "actions"}
 
 
-def test_the_file_name_follows_what_the_statistics_depend_on(tmp_path):
+def test_the_file_name_follows_what_the_statistics_depend_on(copy):
+    root, _ = copy
     absolute = dataclasses.replace(ARM, delta_mask=())
     other_camera = dataclasses.replace(ARM, cameras={"base_0_rgb": "top"})
-    assert norm_stats_path(tmp_path, absolute, H) != norm_stats_path(tmp_path, ARM, H)
-    assert norm_stats_path(tmp_path, other_camera, H) == norm_stats_path(tmp_path, ARM, H)
+    before = norm_stats_path(root, ARM, H)
+    assert norm_stats_path(root, absolute, H) != before
+    assert norm_stats_path(root, other_camera, H) == before
+    info = root / "meta" / "info.json"
+    info.write_text(info.read_text().replace('"total_frames": 22', '"total_frames": 23'))
+    assert norm_stats_path(root, ARM, H) != before
 
 
 def test_warns_of_a_dimension_that_hardly_moves(copy):
@@ -153,7 +159,7 @@ def test_planted_errors(copy):
     info = root / "meta" / "info.json"
     original = info.read_text()
     info.write_text(original.replace('"v3.0"', '"v2.1"'))
-    with pytest.raises(ValueError, match=r"version v2.1, expected v3; .*convert_dataset_v21_to_v30 .*--root="):
+    with pytest.raises(ValueError, match=r"version v2.1, expected v3.0; .*convert_dataset_v21_to_v30 .*--root="):
         compute_norm_stats(root, ARM, H)
     info.write_text(original)
 
@@ -161,14 +167,14 @@ def test_planted_errors(copy):
         compute_norm_stats(root, DEMO, H)
 
     rewrite(lambda table: with_gripper(table, [0.5] * 20 + [float("nan"), 0.5]))
-    with pytest.raises(ValueError, match="gripper is nan in row 20, dimension 0"):
+    with pytest.raises(ValueError, match=r"gripper is nan in episode \d+, frame \d+, dimension 0"):
         compute_norm_stats(root, ARM, H)
     rewrite(lambda table: with_gripper(table, [0.5] * 21 + [None]))
     with pytest.raises(ValueError, match="gripper has 22 values, 1 of them null"):
         compute_norm_stats(root, ARM, H)
 
     rewrite(lambda table: table.take([1, 0, *range(2, 22)]))
-    with pytest.raises(ValueError, match="not in one run in order"):
+    with pytest.raises(ValueError, match="not whole episodes in order"):
         compute_norm_stats(root, ARM, H)
 
     shutil.rmtree(root / "data")
@@ -199,7 +205,7 @@ def test_unknown_id_is_downloaded_without_videos(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "home"))
-    assert find_dataset("owner/arm") == tmp_path
+    assert find_dataset("owner/arm", videos=False) == tmp_path
     assert (asked["repo_id"], asked["repo_type"]) == ("owner/arm", "dataset")
     assert asked["allow_patterns"] == ["meta/*", "data/*"]
 

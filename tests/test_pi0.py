@@ -107,7 +107,7 @@ def test_noise_and_time_depend_on_the_example_alone():
 def test_distribution_of_time():
     """Beta(1.5, 1) * 0.999 + 0.001 has mean 0.6004 and variance 0.0685 * 0.999²."""
     noise, t = flow.draw(jax.random.key(1), jnp.arange(20_000, dtype=jnp.uint32), (2, 2))
-    assert 0.001 <= t.min() and t.max() <= 1
+    assert t.min() >= 0.001 and t.max() <= 1
     np.testing.assert_allclose(t.mean(), 0.001 + 0.999 * 0.6, atol=0.006)
     np.testing.assert_allclose(t.var(), 0.999**2 * 1.5 / (2.5**2 * 3.5), atol=0.002)
     np.testing.assert_allclose(noise.std(), 1, atol=0.01)
@@ -132,7 +132,7 @@ def test_full_size_forward_pass_in_bfloat16(preset):
         return jnp.asarray(np.resize(noise * std, shape).astype(jnp.bfloat16))
 
     model = replace(abstract, {path: weight(variable.shape) for path, variable in flatten(abstract).items()})
-    shapes = {camera: (1, size.image_size, size.image_size, 3) for camera in size.cameras}
+    shapes = dict.fromkeys(size.cameras, (1, size.image_size, size.image_size, 3))
     observation = golden.Observation(
         images={camera: jnp.asarray(rng.integers(0, 256, shape, dtype=np.uint8)) for camera, shape in shapes.items()},
         image_masks={camera: jnp.ones(1, bool) for camera in size.cameras},

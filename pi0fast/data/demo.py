@@ -43,8 +43,10 @@ class Simulator:
         self._episodes = itertools.count()
         self._done = True
 
-    def reset(self) -> dict:
+    def reset(self, prompt_shift: int = 0) -> dict:
         """Start the next episode.
+
+        prompt_shift: prompt the block that many places after the episode's own; the layout stays the same.
 
         Returns the observation: `observation.images.top` and `observation.images.wrist` uint8 [size, size, 3],
         `observation.state` float32 [2] (the agent's x and y in [0, 1]) and `prompt`.
@@ -52,9 +54,9 @@ class Simulator:
         rng = np.random.default_rng((self._seed, next(self._episodes)))
         self.colours = tuple(rng.choice(list(COLOURS), NUM_BLOCKS, replace=False).tolist())
         self.blocks = _place_blocks(rng)
-        self.wanted = int(rng.integers(NUM_BLOCKS))
+        self.wanted = (int(rng.integers(NUM_BLOCKS)) + prompt_shift) % NUM_BLOCKS
         self.agent = rng.uniform(0.05, 0.95, 2)
-        while np.linalg.norm(self.agent - self.goal) < BLOCK_RADIUS + 0.1:
+        while np.linalg.norm(self.blocks - self.agent, axis=1).min() < BLOCK_RADIUS + 0.04:
             self.agent = rng.uniform(0.05, 0.95, 2)
         self._steps, self._dwell, self._inside, self._done = 0, 0, None, False
         return self._observe()

@@ -37,8 +37,10 @@ class Video:
     start: float
 
 
-def find_dataset(data: str | Path) -> Path:
+def find_dataset(data: str | Path, *, videos: bool = True) -> Path:
     """The folder of a LeRobot data set: a path, a name below `$HF_LEROBOT_HOME`, or else a Hub id, which is downloaded.
+
+    videos: download them too.
 
     Raises FileNotFoundError when it is none of these, ValueError when the Hub has no v3 version of it.
     """
@@ -54,7 +56,12 @@ def find_dataset(data: str | Path) -> Path:
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(data, repo_type="dataset", revision="v3.0", cache_dir=home / "hub"))
+        patterns = None if videos else ["meta/*", "data/*"]
+        return Path(
+            snapshot_download(
+                data, repo_type="dataset", revision="v3.0", cache_dir=home / "hub", allow_patterns=patterns
+            )
+        )
     except RevisionNotFoundError as error:
         raise ValueError(f"the Hub has no version v3.0 of {data}; {_conversion(data)}") from error
 
