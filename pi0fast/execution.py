@@ -13,7 +13,6 @@ Remat = Literal["none", "mlp", "full"]
 
 # What a layer computes that the policy `mlp` keeps for the backward pass.
 SAVED_BY_MLP = ("query", "key", "value", "attended", "residual")
-GATHERED = "gathered_weight"
 
 
 def cast(state: nnx.State, dtype: DTypeLike | None) -> nnx.State:
@@ -84,5 +83,7 @@ class Execution:
 
 
 def _save_all_but_gathered(primitive, *_, **params) -> bool:
-    gathered = primitive.name.startswith("all_gather") or params.get("name") == GATHERED
-    return not gathered
+    """A remat policy. A gather with a backward pass of its own is one equation to it, the all-gather inside."""
+    if primitive.name == "custom_vjp_call":
+        return not any(equation.primitive.name.startswith("all_gather") for equation in params["call_jaxpr"].eqns)
+    return not primitive.name.startswith("all_gather")

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pi0fast import mesh as meshes
-from pi0fast.execution import GATHERED, Execution, Remat
+from pi0fast.execution import Execution, Remat
 from pi0fast.params import flatten
 
 # Logical axis of a weight → mesh axis. A weight is sharded along its first axis that is mapped and that divides.
@@ -126,8 +125,7 @@ def gather(state: nnx.State, dtype: DTypeLike | None, *, reduce_dtype: DTypeLike
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_gather(shard: Array, axis: int, dtype: Any, reduce_dtype: Any) -> Array:
-    whole = lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
-    return checkpoint_name(whole, GATHERED)
+    return lax.all_gather(shard.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
 def _all_gather_forward(shard, axis, dtype, reduce_dtype):

@@ -1,9 +1,15 @@
 """Test-wide settings: eight virtual CPU devices, shapes checked as the code runs, one small demo data set."""
 
+from pathlib import Path
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# Most tests of the trainer compile the same few programs.
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # starts the backend, so that nothing changes that number
 

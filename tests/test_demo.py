@@ -46,7 +46,7 @@ def test_wrist_camera_shows_the_edge_of_the_table():
     simulator.agent = np.array([0.0, 0.5])
     wrist = simulator.step([0.0, 0.5])[0][WRIST]
     assert (wrist[:, :27] == wrist[0, 0]).all() and (wrist[0, 0] < 100).all()
-    assert (wrist[:, 29:].max(axis=(1, 2)) > 200).all()
+    assert (wrist[:, 29:].max(axis=(1, 2)) > 120).all()
 
 
 def test_layouts_are_valid_and_differ():
@@ -82,7 +82,7 @@ def test_step_moves_at_most_the_limit_and_stays_on_the_table():
     before = simulator.agent.copy()
     simulator.step([5.0, -5.0])
     assert np.linalg.norm(simulator.agent - before) == pytest.approx(demo.MAX_STEP)
-    before, near = simulator.agent.copy(), [*simulator.agent, 0.0, 0.01]
+    before, near = simulator.agent.copy(), simulator.agent + np.array([0.0, 0.01])
     simulator.step(near)
     np.testing.assert_allclose(simulator.agent, near)
     simulator.agent = np.array([0.99, 0.01])
@@ -121,7 +121,7 @@ def test_passing_over_a_block_does_not_count(speed):
         simulator.blocks[:] = [(0.5, 0.5), (0.1, 0.1), (0.9, 0.1)]
         simulator.agent = np.array([0.3 + offset, 0.5])
         while simulator.agent[0] < 0.7:
-            _, done, info = simulator.step([*simulator.agent, speed, 0])
+            _, done, info = simulator.step(simulator.agent + np.array([speed, 0]))
             assert not done and info["touched"] is None
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pi0fast.config import pi0_base, pi0_tiny, pi05_tiny
+from pi0fast import config as presets
+from pi0fast.config import pi0_base
 from pi0fast.normalize import NormStats
 from pi0fast.robots import ALOHA, DEMO, Robot
 from pi0fast.tokenizer import DEMO_TOKENIZER, PromptTokenizer
@@ -16,6 +17,15 @@ RNG = np.random.default_rng(0)
 STATE = NormStats(*np.array([[0.5, 0.25], [0.5, 0.25], [0.0, 0.0], [1.0, 0.5]]))
 ACTIONS = NormStats(*np.array([[0.0, 0.1], [0.2, 0.1], [-0.2, 0.0], [0.2, 0.4]]))
 STATS = {"state": STATE, "actions": ACTIONS}
+
+
+def pi0_tiny():
+    """With padding behind the demo's two dimensions, and behind its prompts."""
+    return dataclasses.replace(presets.pi0_tiny(), action_dim=4, max_token_len=16)
+
+
+def pi05_tiny():
+    return dataclasses.replace(presets.pi05_tiny(), action_dim=4, max_token_len=48)
 
 
 def make(config=None, robot=DEMO, stats=STATS, **options) -> SampleTransform:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from pi0fast_kernels import ada_rms_norm
 from tests.kernels.test_prefix_lm_attention import unchecked
@@ -39,11 +40,12 @@ def test_values(per_example):
 def test_gradients_are_finite_differences():
     x, residual, scale, shift, gate = arrays((B, T, D), (B, T, D), (B, D), (B, D), (B, D))
 
-    def total(x, residual, scale, shift, gate):
+    def total(*arguments):
+        x, residual, scale, shift, gate = map(jnp.asarray, arguments)
         normed, kept = ada_rms_norm(x, scale, shift, residual=residual, gate=gate)
         return jnp.sum(jnp.sin(normed)) + jnp.sum(jnp.cos(kept))
 
-    jax.test_util.check_grads(total, (x, residual, scale, shift, gate), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    check_grads(total, (x, residual, scale, shift, gate), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_a_row_of_zeros_is_finite():

@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from pi0fast_kernels import prefix_lm_attention
 
 B, T, S, C = 2, 5, 9, 16
 
 
-def inputs(n, k, dtype=jnp.float32):
+def inputs(n, k):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (B, T, n, C), (B, S, k, C), (B, S, k, C)
-    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
 
 
 def ranges():
@@ -49,17 +50,12 @@ def test_values(n, k):
 
 def test_gradients_are_finite_differences():
     (q, k, v), (start, end) = inputs(4, 1), ranges()
-    with jax.enable_x64(True):
-        q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
-        target = jax.random.normal(jax.random.key(1), q.shape, jnp.float32)
-        jax.test_util.check_grads(
-            lambda q, k, v: jnp.sum(prefix_lm_attention(q, k, v, start, end, scale=0.3) * target),
-            (q, k, v),
-            order=1,
-            modes=["rev"],
-            atol=2e-2,
-            rtol=2e-2,
-        )
+    target = jax.random.normal(jax.random.key(1), q.shape)
+
+    def total(*qkv):
+        return jnp.sum(prefix_lm_attention(*map(jnp.asarray, qkv), start, end, scale=0.3) * target)
+
+    check_grads(total, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 def test_keys_outside_every_range_get_no_gradient():
@@ -87,7 +83,7 @@ def test_empty_ranges_give_zeros_and_zero_gradients():
 def test_half_precision_stays_close_and_keeps_its_dtype():
     start, end = ranges()
     exact = prefix_lm_attention(*inputs(4, 1), start, end, scale=0.3)
-    half = prefix_lm_attention(*inputs(4, 1, jnp.bfloat16), start, end, scale=0.3)
+    half = prefix_lm_attention(*(x.astype(jnp.bfloat16) for x in inputs(4, 1)), start, end, scale=0.3)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.05)
 
