@@ -18,8 +18,8 @@ from pi0fast.policy import Policy
 from pi0fast.robots import DEMO
 
 STATS = {
-    "state": NormStats(mean=[0.5, 0.5], std=[0.3, 0.2], q01=[0, 0], q99=[1, 1]),
-    "actions": NormStats(mean=[0.01, 0], std=[0.1, 0.2], q01=[-0.3, -0.3], q99=[0.3, 0.3]),
+    "state": NormStats(*np.array([[0.5, 0.5], [0.3, 0.2], [0.0, 0.0], [1.0, 1.0]])),
+    "actions": NormStats(*np.array([[0.01, 0.0], [0.1, 0.2], [-0.3, -0.3], [0.3, 0.3]])),
 }
 
 

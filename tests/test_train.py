@@ -256,7 +256,7 @@ def test_killed_and_resumed_run_is_bit_equal(trainer, tmp_path):
         if kills == 3 or process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()  # reaps it and closes its pipe
         kills += 1
     finish(process)
     assert kills >= 2

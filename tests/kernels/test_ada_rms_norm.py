@@ -1,5 +1,7 @@
 """The reference against its formula in float64; its gradients; and the op's checks of its input."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def arrays(*shapes, dtype=jnp.float32):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def formula(x, scale, shift=0.0, residual=None, gate=1.0):
+def formula(x, scale, shift: Any = 0.0, residual: Any = None, gate: Any = 1.0):
     x, scale, shift, gate = (np.asarray(a, np.float64) for a in (x, scale, shift, gate))
     scale, shift, gate = (a[:, None] if a.ndim == 2 else a for a in (scale, shift, gate))
     total = x if residual is None else np.asarray(residual, np.float64) + gate * x

@@ -11,10 +11,13 @@ from pi0fast_kernels import prefix_lm_attention
 B, T, S, C = 2, 5, 9, 16
 
 
-def inputs(n, k):
+def inputs(n, k) -> tuple[jax.Array, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = (B, T, n, C), (B, S, k, C), (B, S, k, C)
-    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, ((B, T, n, C), (B, S, k, C), (B, S, k, C)), strict=True)
+    )
+    return q, k, v
 
 
 def ranges():
@@ -39,12 +42,8 @@ def test_values(n, k):
         for t in range(T):
             for head in range(n):
                 kv = head // (n // k)
-                expected = one_query(
-                    *(np.asarray(x, np.float64) for x in (q[b, t, head], keys[b, :, kv], v[b, :, kv])),
-                    int(start[b, t]),
-                    int(end[b, t]),
-                    0.3,
-                )
+                exact = [np.asarray(x, np.float64) for x in (q[b, t, head], keys[b, :, kv], v[b, :, kv])]
+                expected = one_query(*exact, start=int(start[b, t]), end=int(end[b, t]), scale=0.3)
                 np.testing.assert_allclose(out[b, t, head], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -53,7 +52,8 @@ def test_gradients_are_finite_differences():
     target = jax.random.normal(jax.random.key(1), q.shape)
 
     def total(*qkv):
-        return jnp.sum(prefix_lm_attention(*map(jnp.asarray, qkv), start, end, scale=0.3) * target)
+        q, k, v = map(jnp.asarray, qkv)
+        return jnp.sum(prefix_lm_attention(q, k, v, start, end, scale=0.3) * target)
 
     check_grads(total, (q, k, v), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
@@ -81,9 +81,10 @@ def test_empty_ranges_give_zeros_and_zero_gradients():
 
 
 def test_half_precision_stays_close_and_keeps_its_dtype():
-    start, end = ranges()
-    exact = prefix_lm_attention(*inputs(4, 1), start, end, scale=0.3)
-    half = prefix_lm_attention(*(x.astype(jnp.bfloat16) for x in inputs(4, 1)), start, end, scale=0.3)
+    (q, k, v), (start, end) = inputs(4, 1), ranges()
+    exact = prefix_lm_attention(q, k, v, start, end, scale=0.3)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    half = prefix_lm_attention(q, k, v, start, end, scale=0.3)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.05)
 
