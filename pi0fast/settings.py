@@ -78,10 +78,10 @@ class Settings:
 
 # From scratch on a laptop: a higher rate, and no augmentation, whose crops would blur where a block is.
 TINY = Settings(
-    steps=1200,
+    steps=1400,
     batch_size=64,
     remat="none",
-    optim=OptimConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=100, decay_steps=1200),
+    optim=OptimConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=100, decay_steps=1400),
     input=InputSettings(tokenizer="demo", workers=0, augment=False),
     output=OutputSettings(save_every=500),
 )
