@@ -1,40 +1,123 @@
 """`prefix_lm_attention`: attention in which every query sees one interval of keys."""
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pi0fast_kernels import _dispatch
-from pi0fast_kernels.prefix_lm_attention import reference
+from pi0fast_kernels import _dispatch, _triton
+from pi0fast_kernels.prefix_lm_attention import jax_nn, reference
 
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "triton", "xla", "cudnn"]
+
+# What None tries, by platform. Not yet measured: profiles/README.md says what has been.
+ORDER = {"cuda": ("triton", "reference")}
+
+# Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward pass needs beside the arguments. A remat policy that
+# saves them runs the forward kernel once.
+RESIDUALS = ("prefix_lm_attention_out", "prefix_lm_attention_lse")
 
 
 def prefix_lm_attention(
     q: Float[Array, "B T N C"],
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
-    key_start: Int[Array, "B T"],
-    key_end: Int[Array, "B T"],
+    key_start: Int[Array, "B T"] | None,
+    key_end: Int[Array, "B T"] | None,
     *,
     scale: float,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N C"]:
     """`softmax(scale * q @ k.T) @ v` over the keys `key_start[b, t] <= s < key_end[b, t]` of each query.
 
-    One interval a query covers causal, prefix-LM, block-causal, sliding-window, padded and packed masks. Each of the K
-    key/value heads serves N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
+    One interval a query covers causal, prefix-LM, block-causal, sliding-window, padded and packed masks
+    (`pi0fast_kernels.ranges` builds them). None for a bound leaves that side open. Each of the K key/value heads serves
+    N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
+
+    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, with head
+        dimensions from 16 to 256; `xla` and `cudnn` are `jax.nn.dot_product_attention`, which holds a mask of B × T × S
+        where there are ranges; `reference` is pure JAX.
 
     Returns: the attended values, in v's dtype.
 
     Raises:
         ValueError: shapes that do not fit together, or an implementation that cannot run.
         TypeError: q, k and v of different dtypes, or ranges that are not integers.
+
+    Warns:
+        UserWarning: nothing better than the reference can run, and its logits take more than 2 GiB.
     """
     _validate(q, k, v, key_start, key_end)
-    run = _dispatch.choose("prefix_lm_attention", implementation, {"reference": (reference.attention, None)})
-    return run(q, k, v, key_start, key_end, scale=scale)
+    (b, t, n, _), s = q.shape, k.shape[1]
+    device = _dispatch.device()
+    name = _dispatch.choose(
+        "prefix_lm_attention",
+        implementation,
+        _reasons(device, q),
+        ORDER.get(device.platform, ("reference",)),
+        fallback_bytes=4 * b * n * t * s,
+    )
+    if name in ("xla", "cudnn"):
+        out = jax_nn.attention(q, k, v, key_start, key_end, scale=scale, implementation=name)
+        return checkpoint_name(out, RESIDUALS[0])
+    start = jnp.zeros((b, t), jnp.int32) if key_start is None else key_start.astype(jnp.int32)
+    end = jnp.full((b, t), s, jnp.int32) if key_end is None else key_end.astype(jnp.int32)
+    if name == "reference":
+        return checkpoint_name(reference.attention(q, k, v, start, end, scale=scale), RESIDUALS[0])
+    how = _How(name, device, float(scale), guess=implementation is None)
+    return _fused(*_dispatch.vary_alike(q, k, v, start, end), how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """guess: the caller named no implementation, so the reference must run where the kernel's platform is not."""
+
+    name: str
+    device: _dispatch.Device
+    scale: float
+    guess: bool
+
+    def direction(self, name: str) -> Callable[..., Any]:
+        """`forward` or `backward`, on arrays."""
+        from pi0fast_kernels.prefix_lm_attention import triton
+
+        run = partial(getattr(triton, name), scale=self.scale, device=self.device)
+        if self.guess:
+            run = _dispatch.on_platform("cuda", run, partial(getattr(reference, name), scale=self.scale))
+        return _dispatch.fold_vmap(run)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _fused(q, k, v, start, end, how: _How) -> Float[Array, "B T N C"]:
+    return _fused_forward(q, k, v, start, end, how)[0]
+
+
+def _fused_forward(q, k, v, start, end, how):
+    results = how.direction("forward")(q, k, v, start, end)
+    out, lse = map(checkpoint_name, results, RESIDUALS)
+    return out, (q, k, v, start, end, out, lse)
+
+
+def _fused_backward(how, residuals, dout):
+    dq, dk, dv = how.direction("backward")(*residuals, dout)
+    return dq, dk, dv, None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"]) -> dict[str, str | None]:
+    """Every implementation, and why it cannot run."""
+    c = q.shape[-1]
+    triton = _triton.reason(device, q.dtype)
+    if not 16 <= c <= 256:
+        triton = f"it takes head dimensions from 16 to 256, not {c}"
+    return {"reference": None, "triton": triton, "xla": None, "cudnn": jax_nn.cudnn_reason(device, q)}
 
 
 def _validate(q, k, v, key_start, key_end) -> None:
@@ -47,6 +130,8 @@ def _validate(q, k, v, key_start, key_end) -> None:
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     for name, bound in (("key_start", key_start), ("key_end", key_end)):
+        if bound is None:
+            continue
         if bound.shape != q.shape[:2]:
             raise ValueError(f"{name} has shape {bound.shape}, expected [B, T] = {q.shape[:2]}; broadcast it first")
         if not jnp.issubdtype(bound.dtype, jnp.integer):

@@ -1,6 +1,9 @@
 """Interval-masked grouped-query attention in pure JAX: the oracle for the kernels, and the CPU path.
 
 Numerics: logits and softmax in float32; probabilities are cast to v's dtype before the second matmul.
+
+`attention` is what is differentiated and what kernels are checked against. `forward` and `backward` have the kernels'
+form, for programs that turn out to run where the kernel chosen while tracing cannot.
 """
 
 import jax
@@ -20,13 +23,50 @@ def attention(
     scale: float,
 ) -> Float[Array, "B T N C"]:
     """See `pi0fast_kernels.prefix_lm_attention`."""
-    b, t, n, c = q.shape
-    s, num_kv_heads = k.shape[1:3]
+    logits, visible = _logits(q, k, key_start, key_end, scale)
+    probabilities = jax.nn.softmax(jnp.where(visible, logits, MASKED), axis=-1)
+    probabilities = jnp.where(visible, probabilities, 0.0).astype(v.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", probabilities, v).reshape(q.shape)
+
+
+def forward(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+    """The attended values, and the logsumexp of each query's visible logits (very negative where it sees none)."""
+    logits, visible = _logits(q, k, key_start, key_end, scale)
+    lse = jax.nn.logsumexp(jnp.where(visible, logits, MASKED), axis=-1)  # [B, K, G, T]
+    out = attention(q, k, v, key_start, key_end, scale=scale)
+    return out, jnp.moveaxis(lse, -1, 1).reshape(q.shape[:3])
+
+
+def backward(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    out: Float[Array, "B T N C"],
+    lse: Float[Array, "B T N"],
+    dout: Float[Array, "B T N C"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+    """Gradients of q, k and v; everything is computed again, so out and lse are not needed."""
+    _, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, key_start, key_end, scale=scale), q, k, v)
+    return vjp(dout)
+
+
+def _logits(q, k, key_start, key_end, scale):
+    """Logits `[B, K, G, T, S]`, and which of them are visible."""
+    (b, t, n, c), (s, num_kv_heads) = q.shape, k.shape[1:3]
     grouped = q.reshape(b, t, num_kv_heads, n // num_kv_heads, c)
     logits = jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
     key = jnp.arange(s)
     visible = (key_start[:, :, None] <= key) & (key < key_end[:, :, None])
-    visible = visible[:, None, None]
-    probabilities = jax.nn.softmax(jnp.where(visible, logits, MASKED), axis=-1)
-    probabilities = jnp.where(visible, probabilities, 0.0).astype(v.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", probabilities, v).reshape(b, t, n, c)
+    return logits, visible[:, None, None]
