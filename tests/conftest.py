@@ -1,10 +1,17 @@
-"""Test-wide settings: eight virtual CPU devices, shapes checked as the code runs, one small demo data set."""
+"""Test-wide settings: eight virtual CPU devices, shapes checked as the code runs, one small demo data set.
 
+Triton's kernels run in its interpreter; with JAX_PLATFORMS=cuda, tests/kernels/test_on_gpu.py runs them on a GPU.
+"""
+
+import os
 from pathlib import Path
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Most tests of the trainer compile the same few programs.
 COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
@@ -13,7 +20,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # starts the backend, so that nothing changes that number
 
-CHECKED = ("pi0fast_kernels", "pi0fast.flow", "pi0fast.gemma", "pi0fast.pi0", "pi0fast.siglip")
+OPS = [f"pi0fast_kernels.{op}" for op in ("prefix_lm_attention", "ada_rms_norm")]
+KERNELS = [
+    f"{op}.{module}" for op in OPS for module in ("api", "reference", "cases", "jax_nn")
+]  # Triton has types of its own
+CHECKED = (*KERNELS, "pi0fast_kernels.ranges", "pi0fast.flow", "pi0fast.gemma", "pi0fast.pi0", "pi0fast.siglip")
 install_import_hook(CHECKED, "beartype.beartype")
 
 DEMO_EPISODES = 6

@@ -8,4 +8,5 @@ fastest one that can run.
 """
 
 from pi0fast_kernels.ada_rms_norm.api import ada_rms_norm as ada_rms_norm
+from pi0fast_kernels.prefix_lm_attention.api import ATTENTION_RESIDUALS as ATTENTION_RESIDUALS
 from pi0fast_kernels.prefix_lm_attention.api import prefix_lm_attention as prefix_lm_attention

@@ -6,6 +6,7 @@ Set TRITON_INTERPRET=1 before the first import to run the kernels on a CPU, slow
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from pi0fast_kernels import _dispatch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_ONE_AT_A_TIME = threading.Lock()  # the interpreter keeps its state in globals
 
 # Shared memory that one program may use, bytes (CUDA C++ programming guide, table of technical specifications).
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def launch(
 def _interpret(kernel, results, grid, constants, *arrays) -> list[np.ndarray]:
     made = [np.empty(result.shape, result.dtype) for result in results]
     pointers = [_Pointer(np.array(array)) for array in arrays] + [_Pointer(array) for array in made]
-    kernel[(grid,)](*pointers, **constants)
+    with _ONE_AT_A_TIME:
+        kernel[(grid,)](*pointers, **constants)
     return made
 
 

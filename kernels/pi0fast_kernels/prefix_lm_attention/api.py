@@ -20,7 +20,7 @@ ORDER = {"cuda": ("triton", "reference")}
 
 # Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward pass needs beside the arguments. A remat policy that
 # saves them runs the forward kernel once.
-RESIDUALS = ("prefix_lm_attention_out", "prefix_lm_attention_lse")
+ATTENTION_RESIDUALS = ("prefix_lm_attention_out", "prefix_lm_attention_lse")
 
 
 def prefix_lm_attention(
@@ -64,11 +64,11 @@ def prefix_lm_attention(
     )
     if name in ("xla", "cudnn"):
         out = jax_nn.attention(q, k, v, key_start, key_end, scale=scale, implementation=name)
-        return checkpoint_name(out, RESIDUALS[0])
+        return checkpoint_name(out, ATTENTION_RESIDUALS[0])
     start = jnp.zeros((b, t), jnp.int32) if key_start is None else key_start.astype(jnp.int32)
     end = jnp.full((b, t), s, jnp.int32) if key_end is None else key_end.astype(jnp.int32)
     if name == "reference":
-        return checkpoint_name(reference.attention(q, k, v, start, end, scale=scale), RESIDUALS[0])
+        return checkpoint_name(reference.attention(q, k, v, start, end, scale=scale), ATTENTION_RESIDUALS[0])
     how = _How(name, device, float(scale), guess=implementation is None)
     return _fused(*_dispatch.vary_alike(q, k, v, start, end), how)
 
@@ -99,7 +99,7 @@ def _fused(q, k, v, start, end, how: _How) -> Float[Array, "B T N C"]:
 
 def _fused_forward(q, k, v, start, end, how):
     results = how.direction("forward")(q, k, v, start, end)
-    out, lse = map(checkpoint_name, results, RESIDUALS)
+    out, lse = map(checkpoint_name, results, ATTENTION_RESIDUALS)
     return out, (q, k, v, start, end, out, lse)
 
 

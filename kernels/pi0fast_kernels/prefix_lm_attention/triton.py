@@ -12,7 +12,6 @@ summed on chip): nothing is added in memory, so results are the same from run to
 """
 
 import functools
-import math
 from dataclasses import dataclass
 
 import jax
@@ -53,10 +52,21 @@ def _tile(rows: int, keys: int, num_warps: int, num_stages: int) -> Tile:
     return Tile(rows, keys, Launch(num_warps, num_stages))
 
 
-# (compute capability, head dimension up to) → tiles. Chosen among those that compile without spills, the largest first;
-# not yet timed on a GPU (profiles/README.md).
+# (compute capability, head dimension up to) → tiles: among those that compile without spills the largest whose loads
+# are pipelined. Not yet timed on a GPU (profiles/README.md says what has been).
 TUNING: dict[tuple[int, int], TuningConfig] = {
-    (90, 256): TuningConfig(_tile(128, 64, 8, 2), _tile(64, 64, 4, 2), _tile(64, 64, 4, 2), _tile(64, 64, 8, 2)),
+    (80, 64): TuningConfig(_tile(128, 128, 8, 2), _tile(64, 64, 4, 3), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),
+    (80, 128): TuningConfig(_tile(128, 64, 8, 3), _tile(64, 64, 4, 3), _tile(64, 64, 4, 2), _tile(64, 64, 8, 2)),
+    (80, 256): TuningConfig(_tile(128, 32, 8, 2), _tile(64, 32, 4, 2), _tile(64, 64, 8, 2), _tile(32, 64, 8, 2)),
+    (86, 64): TuningConfig(_tile(128, 64, 8, 3), _tile(64, 64, 4, 3), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),
+    (86, 128): TuningConfig(_tile(128, 64, 8, 2), _tile(64, 64, 4, 2), _tile(64, 64, 4, 2), _tile(64, 64, 8, 2)),
+    (86, 256): TuningConfig(_tile(64, 32, 4, 2), _tile(64, 32, 4, 2), _tile(32, 32, 4, 2), _tile(32, 32, 8, 2)),
+    (90, 64): TuningConfig(_tile(128, 128, 8, 2), _tile(64, 64, 4, 3), _tile(128, 64, 8, 3), _tile(64, 128, 8, 2)),
+    (90, 128): TuningConfig(_tile(128, 128, 8, 2), _tile(64, 64, 4, 3), _tile(128, 64, 8, 3), _tile(64, 64, 8, 3)),
+    (90, 256): TuningConfig(_tile(128, 64, 8, 2), _tile(64, 64, 4, 2), _tile(64, 64, 4, 2), _tile(32, 64, 8, 4)),
+    (120, 64): TuningConfig(_tile(128, 64, 8, 3), _tile(64, 64, 4, 3), _tile(128, 64, 8, 2), _tile(64, 128, 8, 2)),
+    (120, 128): TuningConfig(_tile(128, 64, 8, 2), _tile(64, 64, 4, 2), _tile(64, 64, 4, 2), _tile(64, 64, 8, 2)),
+    (120, 256): TuningConfig(_tile(64, 32, 4, 2), _tile(64, 32, 4, 2), _tile(32, 32, 4, 2), _tile(32, 32, 8, 2)),
 }
 INTERPRETED = TuningConfig(*4 * [_tile(16, 16, 1, 1)])
 COMBINED_ROWS = 8
