@@ -9,10 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from pi0fast_kernels import ATTENTION_RESIDUALS
+
 Remat = Literal["none", "mlp", "full"]
+Kernels = Literal["auto", "reference", "triton"]
 
 # What a layer computes that the policy `mlp` keeps for the backward pass.
-SAVED_BY_MLP = ("query", "key", "value", "attended", "residual")
+SAVED_BY_MLP = ("query", "key", "value", *ATTENTION_RESIDUALS, "residual")
 
 
 def cast(state: nnx.State, dtype: DTypeLike | None) -> nnx.State:
@@ -36,7 +39,7 @@ class Execution:
     remat: `none` saves all activations; `mlp` saves q, k, v, the attention output and the residuals, and recomputes
         norms and MLP; `full` saves the inputs of each layer only.
     compact: order the prefix tokens with the valid ones first, once. Otherwise each layer orders its keys.
-    implementation: of every kernel; None takes the fastest that can run.
+    kernels: the implementation of every op of `pi0fast_kernels`; `auto` takes the fastest that can run.
     """
 
     gather: Callable[[nnx.State, DTypeLike | None], nnx.State] = cast
@@ -44,7 +47,12 @@ class Execution:
     sharded: bool = False
     remat: Remat = "none"
     compact: bool = True
-    implementation: Literal["reference"] | None = None
+    kernels: Kernels = "auto"
+
+    @property
+    def implementation(self) -> Literal["reference", "triton"] | None:
+        """`kernels`, as the ops take it."""
+        return None if self.kernels == "auto" else self.kernels
 
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with the residuals that the remat policy allows. Wrap everything that calls `gather` with it."""

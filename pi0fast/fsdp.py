@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pi0fast import mesh as meshes
-from pi0fast.execution import Execution, Remat
+from pi0fast.execution import Execution, Kernels, Remat
 from pi0fast.params import flatten
 
 # Logical axis of a weight → mesh axis. A weight is sharded along its first axis that is mapped and that divides.
@@ -82,17 +82,17 @@ def weight_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def execution(
-    mesh: Mesh, *, remat: Remat, implementation: Any = None, reduce_dtype: DTypeLike = jnp.float32
+    mesh: Mesh, *, remat: Remat, kernels: Kernels = "auto", reduce_dtype: DTypeLike = jnp.float32
 ) -> Execution:
     """How the model runs inside `shard_map` over this mesh."""
     if mesh.size == 1:
-        return Execution(remat=remat, implementation=implementation)
+        return Execution(remat=remat, kernels=kernels)
     return Execution(
         gather=partial(gather, reduce_dtype=reduce_dtype),
         lookup=lookup,
         sharded=True,
         remat=remat,
-        implementation=implementation,
+        kernels=kernels,
     )
 
 

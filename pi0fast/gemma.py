@@ -114,7 +114,7 @@ class Layer(KeyValue):
             scale=self.query_heads[1] ** -0.5,
             implementation=kernel,
         )
-        y = checkpoint_name(attended, "attended").reshape(*x.shape[:2], -1) @ self.out[...]
+        y = attended.reshape(*x.shape[:2], -1) @ self.out[...]
 
         scale, shift, mlp_gate = self.mlp_norm.modulate(cond)
         h, x = ada_rms_norm(y, scale, shift, residual=x, gate=gate, implementation=kernel)

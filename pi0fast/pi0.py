@@ -3,6 +3,8 @@
 Black et al. 2024 (https://arxiv.org/abs/2410.24164) and https://arxiv.org/abs/2504.16054.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,7 @@ from pi0fast.layout import PrefixLayout
 from pi0fast.observation import Observation, image_to_float
 from pi0fast.params import Linear, normal, param
 from pi0fast.siglip import Siglip
+from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 
 
 class ActionHead(nnx.Module):
@@ -173,3 +176,22 @@ def _validate(config: Pi0Config, observation: Observation, actions: Float[Array,
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+
+
+def check_kernels(config: Pi0Config, execution: Execution) -> None:
+    """Traces every kernel on the smallest input with this model's dtypes and widths.
+
+    Raises:
+        ValueError: the named kernels cannot run for the mesh in context, or here.
+    """
+    transformers, siglip = (config.vlm, config.action_expert), config.siglip
+    heads = {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in transformers}
+    heads.add((siglip.num_heads, siglip.num_heads, siglip.width // siglip.num_heads))
+    array = partial(jax.ShapeDtypeStruct, dtype=config.dtype)
+    for n, k, c in heads:
+        attend = partial(prefix_lm_attention, scale=1.0, implementation=execution.implementation)
+        keys = array((1, 1, k, c))
+        jax.eval_shape(lambda q, kv, attend=attend: attend(q, kv, kv, None, None), array((1, 1, n, c)), keys)
+    for layer in transformers:
+        norm = partial(ada_rms_norm, implementation=execution.implementation)
+        jax.eval_shape(norm, array((1, 1, layer.width)), array((layer.width,)))

@@ -11,9 +11,10 @@ from flax import nnx
 
 from pi0fast import checkpoint, normalize
 from pi0fast.checkpoint import RunConfig
+from pi0fast.execution import Execution, Kernels
 from pi0fast.observation import Observation
 from pi0fast.params import replace
-from pi0fast.pi0 import Pi0
+from pi0fast.pi0 import Pi0, check_kernels
 from pi0fast.robots import Robot
 from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
 from pi0fast.transforms import SampleTransform
@@ -23,10 +24,23 @@ class Policy:
     """Host transforms, one compiled call, and their inverse.
 
     num_steps: Euler steps from noise to actions. seed: of the noise; the same calls in the same order give the same
-    actions.
+    actions. kernels: of attention and norms; `auto` takes the fastest that can run.
+
+    Raises:
+        ValueError: the named kernels cannot run here.
     """
 
-    def __init__(self, model: Pi0, transform: SampleTransform, *, num_steps: int = 10, seed: int = 0):
+    def __init__(
+        self,
+        model: Pi0,
+        transform: SampleTransform,
+        *,
+        num_steps: int = 10,
+        seed: int = 0,
+        kernels: Kernels = "auto",
+    ):
+        execution = Execution(kernels=kernels)
+        check_kernels(model.config, execution)
         self._transform = transform
         self._key = jax.random.key(seed)
         self._calls = 0
@@ -35,17 +49,17 @@ class Policy:
 
         def sample(weights, observation: Observation, key):
             noise = jax.random.normal(key, (observation.state.shape[0], *shape))
-            return nnx.merge(graphdef, weights).sample_actions(observation, noise, num_steps)
+            return nnx.merge(graphdef, weights).sample_actions(observation, noise, num_steps, execution=execution)
 
         self._sample = jax.jit(sample)
 
     @staticmethod
-    def load(run: str | Path, *, num_steps: int = 10, seed: int = 0) -> "Policy":
+    def load(run: str | Path, *, num_steps: int = 10, seed: int = 0, kernels: Kernels = "auto") -> "Policy":
         """The newest checkpoint of a run.
 
         Raises:
             FileNotFoundError: `run` is not a run, or has no checkpoint yet.
-            ValueError: the run does not say which robot it is for.
+            ValueError: the run does not say which robot it is for, or the named kernels cannot run here.
         """
         run = Path(run)
         config = RunConfig.load(run)
@@ -55,7 +69,7 @@ class Policy:
         abstract = nnx.eval_shape(lambda: Pi0(config.model, rngs=nnx.Rngs(0)))
         model = replace(abstract, checkpoint.load_arrays(step / "params"))
         stats = normalize.load(checkpoint.stats_path(step))
-        return Policy(model, make_transform(config, stats), num_steps=num_steps, seed=seed)
+        return Policy(model, make_transform(config, stats), num_steps=num_steps, seed=seed, kernels=kernels)
 
     @property
     def robot(self) -> Robot:

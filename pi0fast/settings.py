@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pi0fast import config
-from pi0fast.execution import Remat
+from pi0fast.execution import Kernels, Remat
 from pi0fast.optim import OptimConfig
 from pi0fast.report import Tracker
 from pi0fast.transforms import MAX_NORMALIZED
@@ -58,6 +58,7 @@ class Settings:
     freeze: comma-separated weights that are not trained, e.g. `siglip,vlm,embedding`.
     seed: of initial weights, data order, noise and augmentation.
     remat: activations recomputed in the backward pass: none, mlp or full.
+    kernels: of attention and norms: auto, reference or triton.
     """
 
     mesh: str = "fsdp:-1"
@@ -71,6 +72,7 @@ class Settings:
     freeze: str = ""
     seed: int = 0
     remat: Remat = "mlp"
+    kernels: Kernels = "auto"
     optim: OptimConfig = field(default_factory=OptimConfig)
     input: InputSettings = field(default_factory=InputSettings)
     output: OutputSettings = field(default_factory=OutputSettings)

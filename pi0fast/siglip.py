@@ -64,16 +64,11 @@ class EncoderLayer(nnx.Module):
             checkpoint_name(part.reshape(heads), name)
             for part, name in zip(jnp.split(qkv, 3, axis=-1), ("query", "key", "value"), strict=True)
         )
+        everything = None, None
         attended = prefix_lm_attention(
-            q,
-            k,
-            v,
-            jnp.zeros((b, t), jnp.int32),
-            jnp.full((b, t), t, jnp.int32),
-            scale=heads[-1] ** -0.5,
-            implementation=execution.implementation,
+            q, k, v, *everything, scale=heads[-1] ** -0.5, implementation=execution.implementation
         )
-        x = x + self.out(checkpoint_name(attended, "attended").reshape(b, t, d))
+        x = x + self.out(attended.reshape(b, t, d))
         x = checkpoint_name(x, "residual")
         return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=True))
 

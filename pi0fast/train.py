@@ -35,7 +35,7 @@ from pi0fast.data.loader import Loader
 from pi0fast.normalize import NormStats
 from pi0fast.observation import Observation
 from pi0fast.params import flatten, replace, replace_state
-from pi0fast.pi0 import Pi0
+from pi0fast.pi0 import Pi0, check_kernels
 from pi0fast.report import Report
 from pi0fast.robots import find_robot
 from pi0fast.settings import DEFAULTS, Settings, to_dict
@@ -167,7 +167,7 @@ def make_step(
     frozen: nnx.State,
 ) -> Step:
     """`state, metrics = step(state, frozen, batch)`; the state is donated."""
-    execution = fsdp.execution(mesh, remat=settings.remat)
+    execution = fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels)
     optimizer, schedule = settings.optim.optimizer(), settings.optim.schedule()
     noise_key, augment_key = jax.random.split(jax.random.key(settings.seed))
     sharded, replicated = PartitionSpec(meshes.AXES), PartitionSpec()
@@ -312,6 +312,8 @@ def train(preset: str, settings: Settings) -> Path:
     model_config = config.PRESETS[preset]()
     mesh = meshes.make(settings.mesh)
     meshes.check_batch(settings.batch_size, mesh)
+    with jax.set_mesh(mesh):
+        check_kernels(model_config, fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels))
     run = settings.out or Path("runs") / preset
     check_out(run, model_config, settings)
     start = checkpoint.newest_step(run) or 0
