@@ -55,24 +55,26 @@ def launch(
     capability: int | None,
     **constants: Any,
 ) -> list[jax.Array]:
-    """`kernel(*arrays, *results, **constants)` in `grid` programs → results."""
-    if INTERPRET:
-        run = functools.partial(_interpret, kernel, results, grid, constants)
-        made = jax.pure_callback(run, list(results), *arrays)
-    else:
-        import jax_triton
+    """`kernel(*arrays, *results, **constants)` in `grid` programs → results. Profiles show it as OP_KERNEL."""
+    name = kernel.fn.__module__.split(".")[-2] + kernel.fn.__name__
+    with jax.named_scope(name):
+        if INTERPRET:
+            run = functools.partial(_interpret, kernel, results, grid, constants)
+            made = jax.pure_callback(run, list(results), *arrays)
+        else:
+            import jax_triton
 
-        made = jax_triton.triton_call(
-            *arrays,
-            kernel=kernel,
-            out_shape=list(results),
-            grid=grid,
-            name=kernel.fn.__name__,
-            num_warps=how.num_warps,
-            num_stages=how.num_stages,
-            compute_capability=capability,
-            **constants,
-        )
+            made = jax_triton.triton_call(
+                *arrays,
+                kernel=kernel,
+                out_shape=list(results),
+                grid=grid,
+                name=name,
+                num_warps=how.num_warps,
+                num_stages=how.num_stages,
+                compute_capability=capability,
+                **constants,
+            )
     return _dispatch.vary_as(made, arrays)
 
 

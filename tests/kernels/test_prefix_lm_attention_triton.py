@@ -205,7 +205,7 @@ def test_planted_faults_are_found(fault, tmp_path):
     parts = Path(triton.__file__).read_text().split(old)
     text = old.join(parts[: occurrence + 1]) + new + old.join(parts[occurrence + 1 :])
     (tmp_path / "faulty.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("faulty", tmp_path / "faulty.py")
+    spec = importlib.util.spec_from_file_location("pi0fast_kernels.prefix_lm_attention.faulty", tmp_path / "faulty.py")
     assert spec is not None and spec.loader is not None
     faulty = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(faulty)
