@@ -58,7 +58,7 @@ def prefix_lm_attention(
     name = _dispatch.choose(
         "prefix_lm_attention",
         implementation,
-        _reasons(device, q),
+        _reasons(device, q, s),
         ORDER.get(device.platform, ("reference",)),
         fallback_bytes=4 * b * n * t * s,
     )
@@ -111,12 +111,14 @@ def _fused_backward(how, residuals, dout):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"]) -> dict[str, str | None]:
+def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int) -> dict[str, str | None]:
     """Every implementation, and why it cannot run."""
     c = q.shape[-1]
     triton = _triton.reason(device, q.dtype)
     if not 16 <= c <= 256:
         triton = f"it takes head dimensions from 16 to 256, not {c}"
+    if q.size == 0 or num_keys == 0:
+        triton = f"q {q.shape} or its {num_keys} keys are empty"
     return {"reference": None, "triton": triton, "xla": None, "cudnn": jax_nn.cudnn_reason(device, q)}
 
 
