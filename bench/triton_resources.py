@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,12 @@ class Resources:
 
 
 # ── Collected in a process of its own: Triton and jax-triton read their environment when they are imported ────────────
+
+
+def collect_all() -> list[Resources]:
+    """Every kernel of every case on every target, two targets at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [entry for entries in pool.map(collect, TARGETS) for entry in entries]
 
 
 def collect(target: Target) -> list[Resources]:
@@ -220,7 +227,7 @@ def main() -> None:
         (target,) = [target for target in TARGETS if target.capability == arguments.collect]
         json.dump([dataclasses.asdict(entry) for entry in _collect_here(target)], sys.stdout)
         return
-    resources = [entry for target in TARGETS for entry in collect(target)]
+    resources = collect_all()
     if arguments.out is None:
         print(table(resources))
         return

@@ -9,12 +9,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("target", triton_resources.TARGETS, ids=lambda target: f"sm_{target.capability}")
-def test_every_kernel_fits_without_spills(target):
-    resources = triton_resources.collect(target)
-    assert {entry.kernel for entry in resources} == {"forward", "combine", "dq", "dkv", "backward"}
+def test_every_kernel_fits_without_spills_and_uses_the_tensor_cores():
+    resources = triton_resources.collect_all()
+    by_target = {(entry.capability, entry.op, entry.kernel) for entry in resources}
+    kernels = [("prefix_lm_attention", name) for name in ("forward", "combine", "dq", "dkv")]
+    kernels += [("ada_rms_norm", name) for name in ("forward", "backward")]
+    assert by_target == {(target.capability, *kernel) for target in triton_resources.TARGETS for kernel in kernels}
     for entry in resources:
         assert entry.spilled == 0 and not entry.instructions["LDL"] and not entry.instructions["STL"], entry
-        assert entry.shared <= SHARED_MEMORY[target.capability], entry
+        assert entry.shared <= SHARED_MEMORY[entry.capability], entry
         if entry.op == "prefix_lm_attention" and entry.kernel != "combine":
-            assert entry.instructions["HGMMA" if target.capability == 90 else "HMMA"] > 0, entry
+            assert entry.instructions["HGMMA" if entry.capability == 90 else "HMMA"] > 0, entry
+        assert not entry.serialized, entry

@@ -21,6 +21,7 @@ EXECUTIONS = {
     "not_compacted": Execution(compact=False),
     "remat_mlp": Execution(remat="mlp"),
     "remat_full": Execution(remat="full"),
+    "triton": Execution(kernels="triton", remat="mlp"),
 }
 
 
