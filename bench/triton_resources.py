@@ -219,7 +219,7 @@ def table(resources: list[Resources]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Figures of the compiler for every Triton kernel.")
     parser.add_argument("--out", type=Path, help="the folder to write README.md and resources.json to")
     parser.add_argument("--collect", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -13,6 +13,7 @@ import tyro
 from PIL import Image, ImageDraw
 
 from pi0fast.data.demo import MAX_STEPS, Simulator
+from pi0fast.execution import Kernels
 from pi0fast.policy import Policy
 
 UNSEEN_SEED = 1_000_000  # layouts that no data set of the writer's default seeds holds
@@ -95,7 +96,11 @@ def write_gif(outcomes: list[Outcome], path: Path, *, columns: int = 4, scale: i
 
 
 def main(
-    run: Annotated[Path, tyro.conf.Positional], episodes: int = 100, seed: int = UNSEEN_SEED, gif_episodes: int = 8
+    run: Annotated[Path, tyro.conf.Positional],
+    episodes: int = 100,
+    seed: int = UNSEEN_SEED,
+    gif_episodes: int = 8,
+    kernels: Kernels = "auto",
 ) -> None:
     """Run a policy closed-loop in the demo simulator.
 
@@ -103,8 +108,9 @@ def main(
     episodes: how many, each with a layout that training has not seen.
     seed: of the layouts.
     gif_episodes: how many of them to draw, in RUN/episodes.gif; 0 for none.
+    kernels: of attention and norms: auto, reference or triton.
     """
-    policy = Policy.load(run)
+    policy = Policy.load(run, kernels=kernels)
     if policy.robot.name != "demo":
         raise ValueError(f"{run} is for the robot {policy.robot.name!r}; the simulator is the demo's")
     outcomes = evaluate(policy, episodes, seed=seed)

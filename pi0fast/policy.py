@@ -65,6 +65,7 @@ class Policy:
         config = RunConfig.load(run)
         if config.robot is None:
             raise ValueError(f"{run} does not say which robot it is for; convert it again with --robot")
+        check_kernels(config.model, Execution(kernels=kernels))
         step = checkpoint.newest_checkpoint(run)
         abstract = nnx.eval_shape(lambda: Pi0(config.model, rngs=nnx.Rngs(0)))
         model = replace(abstract, checkpoint.load_arrays(step / "params"))

@@ -16,6 +16,7 @@ from pi0fast.normalize import NormStats
 from pi0fast.params import flatten
 from pi0fast.policy import Policy
 from pi0fast.robots import DEMO
+from pi0fast_kernels import _triton
 
 STATS = {
     "state": NormStats(*np.array([[0.5, 0.5], [0.3, 0.2], [0.0, 0.0], [1.0, 1.0]])),
@@ -82,6 +83,20 @@ def test_errors_name_the_key_and_leave_the_policy_usable(policy, observation, ch
     with pytest.raises(ValueError, match=message):
         policy.infer(spoiled)
     assert np.isfinite(policy.infer(observation)["actions"]).all()
+
+
+def test_kernels_that_cannot_run_are_refused(run, monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRET", False)
+    with pytest.raises(ValueError, match="cannot run: triton: it needs an NVIDIA GPU"):
+        Policy.load(run[0], kernels="triton")
+
+
+def test_named_kernels_give_the_same_actions(run, observation):
+    ours, theirs = (
+        Policy.load(run[0], seed=7, num_steps=2, kernels=kernels).infer(observation)["actions"]
+        for kernels in ("triton", "reference")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_camera_is_masked(policy, observation):

@@ -21,6 +21,7 @@ from pi0fast.config import SiglipConfig, TransformerConfig
 from pi0fast.optim import OptimConfig
 from pi0fast.params import flatten
 from pi0fast.settings import TINY
+from pi0fast_kernels import _triton
 from tests.conftest import COMPILED
 
 # Weights of a few kilobytes: these tests are about the trainer, and compile in seconds.
@@ -103,6 +104,23 @@ def test_meshes_agree(settings, preset, monkeypatch):
             if "qkv" in path and "bias" in path:
                 continue
             np.testing.assert_allclose(weights[path], expected, rtol=1e-3, atol=2e-5, err_msg=path)
+
+
+def test_named_kernels_train_the_same(settings):
+    """The Triton kernels, in their interpreter, inside the trainer's `shard_map`."""
+    short = dataclasses.replace(settings, steps=2, batch_size=2, remat="mlp")
+    ours, theirs = (
+        losses(train.train("pi0_tiny", dataclasses.replace(short, kernels=kernels, out=settings.out / kernels)))
+        for kernels in ("triton", "reference")
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_made(settings, monkeypatch):
+    monkeypatch.setattr(_triton, "INTERPRET", False)
+    with pytest.raises(ValueError, match="cannot run: triton: it needs an NVIDIA GPU and the program is for cpu"):
+        train.train("pi0_tiny", dataclasses.replace(settings, kernels="triton"))
+    assert not settings.out.exists()
 
 
 def test_resumed_run_is_bit_equal(settings):

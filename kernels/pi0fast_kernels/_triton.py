@@ -31,6 +31,16 @@ class Launch:
     num_stages: int = 1
 
 
+def cdiv(n: int, m: int) -> int:
+    """n / m, rounded up."""
+    return -(-n // m)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def reason(device: _dispatch.Device, dtype: Any) -> str | None:
     """Why no Triton kernel can run on this device with this dtype, or None."""
     if INTERPRET:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def main(kernels: str) -> None:
     state = jax.eval_shape(initial)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Pi0(model_config, rngs=nnx.Rngs(0))))
     frozen = nnx.State({})
-    step = train.make_step(graphdef, model_config, settings, mesh, state, frozen)
+    step: Any = train.make_step(graphdef, model_config, settings, mesh, state, frozen)
     state = jax.tree.map(lambda sharding, tree: place(tree, sharding), fsdp.shardings(state, mesh), state)
     batch = place(abstract_batch(model_config), meshes.batch_sharding(mesh))
     compiled = step.lower(state, frozen, batch).compile()

@@ -342,7 +342,9 @@ def test_bytes_of_cases(case):
 
     def passes():
         given = case.inputs()
-        x, scale, shift, residual, gate = _one_form(*map(given.get, ("x", "scale", "shift", "residual", "gate")))
+        optional = map(given.get, ("shift", "residual", "gate"))
+        x, scale, shift, residual, gate = _one_form(given["x"], given["scale"], *optional)
+        assert scale is not None
         normed, rstd, total = reference.forward(x, scale, shift, residual, gate, eps=EPS)
         forward = (x, scale, shift, residual, gate), (normed, rstd, total)
         dnormed, dtotal = normed, total

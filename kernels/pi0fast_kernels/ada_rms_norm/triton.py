@@ -28,7 +28,7 @@ import triton.language as tl
 from jaxtyping import Array, Float
 
 from pi0fast_kernels import _dispatch
-from pi0fast_kernels._triton import INTERPRET, Launch, launch
+from pi0fast_kernels._triton import INTERPRET, Launch, cdiv, launch, next_power_of_2
 
 # Tokens. The sums of a chunk are written and read in float32, beside a few passes over its tokens in half precision.
 SHORTEST_CHUNK = 8
@@ -68,7 +68,7 @@ TUNING: dict[tuple[int, int], TuningConfig] = {
 def tuning(capability: int | None, width: int, tokens: int) -> TuningConfig:
     """The blocks for a width on the newest listed generation that is not newer than this GPU."""
     if INTERPRET:  # every block takes as long, so many tokens have larger ones
-        rows = min(64, max(2, triton.next_power_of_2(tokens) // 32))
+        rows = min(64, max(2, next_power_of_2(tokens) // 32))
         return _config(rows, rows, 1, 2)
     assert capability is not None
     generation = max(listed for listed, _ in TUNING if listed <= capability)
@@ -199,15 +199,15 @@ def _backward(
 
 def num_rows(b: int, t: int, rows: int, num_cores: int) -> int:
     """Tokens of one program of the forward kernel: `rows`, or fewer so that few tokens still fill the GPU's cores."""
-    while rows > 1 and b * _cdiv(t, rows) < num_cores:
+    while rows > 1 and b * cdiv(t, rows) < num_cores:
         rows //= 2
     return rows
 
 
 def chunk_length(b: int, t: int, rows: int, programs: int) -> int:
     """Tokens of one program of the backward kernel, a multiple of `rows`, so that there are about `programs`."""
-    length = max(_cdiv(t, max(1, programs // b)), SHORTEST_CHUNK)
-    return _cdiv(min(length, t), rows) * rows
+    length = max(cdiv(t, max(1, programs // b)), SHORTEST_CHUNK)
+    return cdiv(min(length, t), rows) * rows
 
 
 def forward(
@@ -237,14 +237,14 @@ def forward(
         # In the place of an array that is absent another is passed, and not read.
         [x, scale, _or(shift, scale), _or(residual, x), _or(gate, scale)],
         results,
-        grid=b * _cdiv(t, rows),
+        grid=b * cdiv(t, rows),
         how=block.launch,
         capability=device.capability,
         EPS=float(eps),
         T=t,
         D=d,
         ROWS=rows,
-        WIDE=triton.next_power_of_2(d),
+        WIDE=next_power_of_2(d),
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_GATE=gate is not None,
@@ -280,7 +280,7 @@ def backward(
     chosen = config or tuning(device.capability, d, t)
     block = chosen.backward
     length = chunk_length(b, t, block.rows, chosen.fill * (device.num_cores or 1))
-    chunks = _cdiv(t, length)
+    chunks = cdiv(t, length)
     like_total = jax.ShapeDtypeStruct(total.shape, total.dtype)
     num_sums = 1 + (shift is not None) + (gate is not None)
     results = [like_total, jax.ShapeDtypeStruct((b, chunks, num_sums, d), jnp.float32)]
@@ -301,7 +301,7 @@ def backward(
         CHUNKS=chunks,
         LENGTH=length,
         ROWS=block.rows,
-        WIDE=triton.next_power_of_2(d),
+        WIDE=next_power_of_2(d),
         HAS_SHIFT=shift is not None,
         HAS_RESIDUAL=dtotal is not None,
         HAS_GATE=gate is not None,
@@ -312,10 +312,6 @@ def backward(
     dshift = None if shift is None else summed[:, 1].astype(shift.dtype)
     dgate = None if gate is None else summed[:, -1].astype(gate.dtype)
     return dresidual, dscale, dshift, dx[0] if dx else None, dgate
-
-
-def _cdiv(n: int, m: int) -> int:
-    return -(-n // m)
 
 
 def _or(array: jax.Array | None, other: jax.Array) -> jax.Array:

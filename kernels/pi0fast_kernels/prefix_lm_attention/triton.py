@@ -10,9 +10,12 @@ Few rows (inference) leave the GPU idle: the keys are then split over programs, 
 The backward pass is two kernels, one over tiles of rows (dq), one over tiles of keys (dk, dv, all rows of all G heads
 summed on chip): nothing is added in memory, so results are the same from run to run.
 """
+# Kernels call jitted functions, which by their types never return.
+# pyright: reportGeneralTypeIssues=false
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +24,7 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
-from pi0fast_kernels._triton import INTERPRET, Launch, launch
+from pi0fast_kernels._triton import INTERPRET, Launch, cdiv, launch, next_power_of_2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(-1e30)  # a logit that is not seen
@@ -74,7 +77,7 @@ COMBINED_ROWS = 8
 def tuning(capability: int | None, head_dim: int, keys: int) -> TuningConfig:
     """The tiles for a head dimension on the newest listed generation that is not newer than this GPU."""
     if INTERPRET:  # some four blocks of keys: every block takes as long
-        size = min(128, max(16, triton.next_power_of_2(keys) // 4))
+        size = min(128, max(16, next_power_of_2(keys) // 4))
         return TuningConfig(*4 * [_tile(size, size, 1, 1)])
     assert capability is not None
     generation = max(listed for listed, _ in TUNING if listed <= capability)
@@ -351,19 +354,19 @@ def _dkv(
     tl.store(dv + key_base + at_keys, dvalues.to(dv.dtype.element_ty), mask=inside)
 
 
-def _constants(q, k, scale: float, tile: Tile) -> dict[str, int | float]:
+def _constants(q, k, scale: float, tile: Tile) -> dict[str, Any]:
     """What all kernels need to know beforehand."""
     (_, t, n, c), (s, num_kv_heads) = q.shape, k.shape[1:3]
-    wide = max(16, triton.next_power_of_2(c))
+    wide = max(16, next_power_of_2(c))
     shape = {"SCALE": float(scale), "T": t, "S": s, "N": n, "K": num_kv_heads, "C": c}
     return {**shape, "ROWS": tile.rows, "KEYS": tile.keys, "WIDE": wide}
 
 
 def num_splits(tiles: int, s: int, tile: Tile, num_cores: int) -> int:
     """Over how many programs the keys of one tile of rows are split, so that the GPU's cores are filled once."""
-    blocks = triton.cdiv(s, tile.keys)
+    blocks = cdiv(s, tile.keys)
     wanted = max(1, min(num_cores // tiles, blocks))
-    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))  # no split without keys
+    return cdiv(blocks, cdiv(blocks, wanted))  # no split without keys
 
 
 def forward(
@@ -388,7 +391,7 @@ def forward(
     chosen = config or tuning(device.capability, c, s)
     tile = chosen.forward
     if splits is None:
-        few = b * num_kv_heads * triton.cdiv(rows, chosen.few_rows.rows)
+        few = b * num_kv_heads * cdiv(rows, chosen.few_rows.rows)
         splits = num_splits(few, s, chosen.few_rows, device.num_cores or 1)
     if splits > 1:
         tile = chosen.few_rows
@@ -401,7 +404,7 @@ def forward(
             jax.ShapeDtypeStruct((*part, *q.shape), jnp.float32 if part else q.dtype),
             jax.ShapeDtypeStruct((*part, b, t, n), jnp.float32),
         ],
-        grid=triton.cdiv(rows, tile.rows) * splits * num_kv_heads * b,
+        grid=cdiv(rows, tile.rows) * splits * num_kv_heads * b,
         how=tile.launch,
         **_constants(q, k, scale, tile),
         B=b,
@@ -412,13 +415,13 @@ def forward(
             _combine,
             [out, lse],
             [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, t, n), jnp.float32)],
-            grid=triton.cdiv(b * t * n, COMBINED_ROWS),
+            grid=cdiv(b * t * n, COMBINED_ROWS),
             how=Launch(),
             TOTAL=b * t * n,
             C=c,
             SPLITS=splits,
             ROWS=COMBINED_ROWS,
-            WIDE=max(16, triton.next_power_of_2(c)),
+            WIDE=max(16, next_power_of_2(c)),
         )
     return out, lse
 
@@ -448,7 +451,7 @@ def backward(
         _dq,
         arrays,
         [jax.ShapeDtypeStruct(q.shape, q.dtype)],
-        grid=triton.cdiv(t * (n // num_kv_heads), chosen.dq.rows) * num_kv_heads * b,
+        grid=cdiv(t * (n // num_kv_heads), chosen.dq.rows) * num_kv_heads * b,
         how=chosen.dq.launch,
         **_constants(q, k, scale, chosen.dq),
     )
@@ -456,9 +459,9 @@ def backward(
         _dkv,
         arrays,
         [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        grid=triton.cdiv(s, chosen.dkv.keys) * num_kv_heads * b,
+        grid=cdiv(s, chosen.dkv.keys) * num_kv_heads * b,
         how=chosen.dkv.launch,
         **_constants(q, k, scale, chosen.dkv),
-        TOKENS=min(1024, triton.next_power_of_2(t)),
+        TOKENS=min(1024, next_power_of_2(t)),
     )
     return dq, dk, dv
