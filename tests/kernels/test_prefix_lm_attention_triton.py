@@ -192,10 +192,18 @@ def test_many_random_problems(problem):
 
 
 FAULTS = {
-    "forward skips the last block": ("last = tl.max(tl.where(sees, end, 0))", 0, "last = tl.max(end) - KEYS"),
-    "dq skips the last block": ("last = tl.max(tl.where(sees, end, 0))", 1, "last = tl.max(end) - KEYS"),
-    "forward masks one block too few": ("whole_to = tl.min(tl.where(sees, end, S))", 0, "whole_to = S + KEYS"),
-    "dkv skips the last query": ("last_token * G, ROWS", 0, "last_token * G - ROWS, ROWS"),
+    "the last block of keys is skipped, forward": (
+        "_hull(start, end, sees, S, KEYS)",
+        0,
+        "_hull(start, end - KEYS, sees, S, KEYS)",
+    ),
+    "the last block of keys is skipped, dq": (
+        "_hull(start, end, sees, S, KEYS)",
+        1,
+        "_hull(start, end - KEYS, sees, S, KEYS)",
+    ),
+    "the last query is skipped, dkv": ("last_token * G, ROWS", 0, "last_token * G - ROWS, ROWS"),
+    "a block is not masked": ("tl.min(tl.where(sees, end, S))", 0, "S + KEYS"),
     "rows without keys are not cleared": ("tl.where(sees[:, None], summed /", 0, "tl.where(exists[:, None], summed /"),
 }
 

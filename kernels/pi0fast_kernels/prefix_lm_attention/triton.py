@@ -99,6 +99,14 @@ def _intervals(key_start, key_end, batch, token, exists, T: tl.constexpr, S: tl.
 
 
 @triton.jit
+def _hull(start, end, sees, S: tl.constexpr, KEYS: tl.constexpr):
+    """Where the first block of keys begins and the last ends; between which keys every row that sees any sees all."""
+    first = tl.min(tl.where(sees, start, S)) // KEYS * KEYS
+    last = tl.max(tl.where(sees, end, 0))
+    return first, last, tl.max(tl.where(sees, start, 0)), tl.min(tl.where(sees, end, S))
+
+
+@triton.jit
 def _clamp(index, SIZE: tl.constexpr):
     """Past the end, the last index again: no mask for its loads, but whatever comes of it must not be used."""
     return tl.minimum(index, SIZE - 1)
@@ -140,11 +148,7 @@ def _forward(
     start = tl.maximum(start, split * SPAN)
     end = tl.minimum(end, split * SPAN + SPAN)
     sees = start < end
-    first = tl.min(tl.where(sees, start, S)) // KEYS * KEYS
-    last = tl.max(tl.where(sees, end, 0))
-    # Blocks between these are seen whole by every row that sees anything.
-    whole_from = tl.max(tl.where(sees, start, 0))
-    whole_to = tl.min(tl.where(sees, end, S))
+    first, last, whole_from, whole_to = _hull(start, end, sees, S, KEYS)
 
     base = batch * T * N + head * G
     head_row = _clamp(token, T) * N + member
@@ -249,10 +253,7 @@ def _dq(
     token, member, exists = _split_row(row, T, G)
     start, end = _intervals(key_start, key_end, batch, token, exists, T, S)
     sees = start < end
-    first = tl.min(tl.where(sees, start, S)) // KEYS * KEYS
-    last = tl.max(tl.where(sees, end, 0))
-    whole_from = tl.max(tl.where(sees, start, 0))
-    whole_to = tl.min(tl.where(sees, end, S))
+    first, last, whole_from, whole_to = _hull(start, end, sees, S, KEYS)
 
     base = batch * T * N + head * G
     head_row = _clamp(token, T) * N + member
