@@ -38,20 +38,15 @@ def device() -> Device:
     """The device of the mesh in context (`jax.set_mesh`, `jax.shard_map`), else JAX's default."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
-        platform = described.platform or jax.default_backend()
-        return Device(_cuda(platform), described.device_kind, _capability(described.device_kind), described.num_cores)
+        platform = "cuda" if described.platform == "gpu" else described.platform
+        return Device(platform, described.device_kind, _capability(described.device_kind), described.num_cores)
     found = jax.config.jax_default_device or jax.local_devices()[0]
     if isinstance(found, str):
         found = jax.local_devices(backend=found)[0]
-    capability = getattr(found, "compute_capability", None)
-    if capability is not None:
-        capability = int(str(capability).replace(".", ""))
-    platform = "cuda" if capability is not None else found.platform
-    return Device(platform, found.device_kind, capability, getattr(found, "core_count", None))
-
-
-def _cuda(platform: str) -> str:
-    return "cuda" if platform == "gpu" else platform
+    version = str(getattr(found, "compute_capability", "")).replace(".", "")  # "9.0" on NVIDIA GPUs
+    if version.isdigit():
+        return Device("cuda", found.device_kind, int(version), found.core_count)
+    return Device(found.platform, found.device_kind, None, None)
 
 
 def _capability(kind: str) -> int | None:

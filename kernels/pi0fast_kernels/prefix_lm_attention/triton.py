@@ -1,5 +1,9 @@
 """Interval-masked attention in Triton, for NVIDIA GPUs from compute capability 8.0 up.
 
+Why, in bytes (derived): for the prefix of 32 examples of Pi0 the logits of one layer are 0.68 GB in float32, and XLA
+writes and reads them, and their half-precision probabilities, in main memory. Here they stay on chip: 0.24 GB are read
+and written in all, and keys that nobody sees are not multiplied.
+
 The G = N/K query heads that share a key/value head are packed into rows: row r of key/value head h is query token
 r // G, head h * G + r % G, so eight heads of one token fill a tile as eight tokens would. The keys that a tile of rows
 may see are the hull of its rows' intervals; blocks outside are neither loaded nor computed, blocks that every row sees
@@ -9,6 +13,9 @@ Few rows (inference) leave the GPU idle: the keys are then split over programs, 
 
 The backward pass is two kernels, one over tiles of rows (dq), one over tiles of keys (dk, dv, all rows of all G heads
 summed on chip): nothing is added in memory, so results are the same from run to run.
+
+Numerics: products accumulate in float32; the weights are rounded to v's dtype before they multiply v (before they are
+normalised, where the reference rounds after), and the logits' gradients before they multiply q and k.
 """
 # Kernels call jitted functions, which by their types never return.
 # pyright: reportGeneralTypeIssues=false
