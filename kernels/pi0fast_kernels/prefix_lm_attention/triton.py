@@ -83,8 +83,8 @@ COMBINED_ROWS = 8
 
 def tuning(capability: int | None, head_dim: int, keys: int) -> TuningConfig:
     """The tiles for a head dimension on the newest listed generation that is not newer than this GPU."""
-    if INTERPRET:  # some four blocks of keys: every block takes as long
-        size = min(128, max(16, next_power_of_2(keys) // 4))
+    if INTERPRET:  # every block takes as long, so many keys have larger ones
+        size = 16 if keys <= 128 else 128
         return TuningConfig(*4 * [_tile(size, size, 1, 1)])
     assert capability is not None
     generation = max(listed for listed, _ in TUNING if listed <= capability)
