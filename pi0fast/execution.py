@@ -39,7 +39,7 @@ class Execution:
     remat: `none` saves all activations; `mlp` saves q, k, v, the attention output and the residuals, and recomputes
         norms and MLP; `full` saves the inputs of each layer only.
     compact: order the prefix tokens with the valid ones first, once. Otherwise each layer orders its keys.
-    kernels: the implementation of every op of `pi0fast_kernels`; `auto` takes the fastest that can run.
+    kernels: the implementation of every op of `pi0fast_kernels`; `auto` takes the first that can run.
     """
 
     gather: Callable[[nnx.State, DTypeLike | None], nnx.State] = cast

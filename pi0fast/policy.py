@@ -24,7 +24,7 @@ class Policy:
     """Host transforms, one compiled call, and their inverse.
 
     num_steps: Euler steps from noise to actions. seed: of the noise; the same calls in the same order give the same
-    actions. kernels: of attention and norms; `auto` takes the fastest that can run.
+    actions. kernels: of attention and norms; `auto` takes the first that can run.
 
     Raises:
         ValueError: the named kernels cannot run here.
