@@ -185,8 +185,8 @@ def test_random_problems(problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(problems(largest=70))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problems(largest=40))
 def test_many_random_problems(problem):
     check_problem(problem)
 
