@@ -193,7 +193,7 @@ def test_random_problems(problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems(largest=70))
 def test_many_random_problems(problem):
     variant, shape, seed = problem

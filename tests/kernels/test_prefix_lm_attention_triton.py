@@ -185,7 +185,7 @@ def test_random_problems(problem):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(problems(largest=40))
 def test_many_random_problems(problem):
     check_problem(problem)
