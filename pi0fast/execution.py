@@ -80,7 +80,16 @@ class Execution:
     def scan(
         self, layers: nnx.Module, function: Callable[..., Any], carry: Any, xs: Any = None, *, dtype: DTypeLike | None
     ) -> tuple[Any, Any]:
-        """`carry, y = function(layer, carry, x)` over layers stacked along their first axis."""
+        """`carry, y = function(layer, carry, x)` over layers stacked along their first axis, or over a list of layers.
+
+        A list runs unrolled, so that no layer's weights are copied out of a stack; xs and ys are then lists too.
+        """
+        if isinstance(layers, nnx.List):
+            ys = []
+            for layer, x in zip(layers, xs or [None] * len(layers), strict=True):
+                carry, y = self.apply(layer, function, carry, x, dtype=dtype)
+                ys.append(y)
+            return carry, ys
         graphdef, state = nnx.split(layers)
 
         def body(carry, inputs):

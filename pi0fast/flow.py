@@ -4,13 +4,20 @@ Lipman et al. 2023 (https://arxiv.org/abs/2210.02747); the time distribution is 
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Key, UInt32
 
 Actions = Float[Array, "B H A"]
+
+Solver = Literal["euler", "midpoint", "heun"]
+
+# Where in its step a solver evaluates the velocity, as fractions of the step (Hairer, Nørsett & Wanner, II.1).
+EVALUATIONS = {"euler": (0.0,), "midpoint": (0.0, 0.5), "heun": (0.0, 1.0)}
 
 
 def draw(
@@ -40,17 +47,48 @@ def loss(velocity: Actions, actions: Actions, noise: Actions) -> Float[Array, "B
     return jnp.mean(jnp.square(velocity - (noise - actions)), axis=-1)
 
 
-def integrate(velocity: Callable[[Actions, Float[Array, " B"]], Actions], noise: Actions, num_steps: int) -> Actions:
-    """Euler steps from noise at t = 1 to actions at t = 0."""
+def evaluation_times(num_steps: int, solver: Solver) -> np.ndarray:
+    """The times `[num_steps, evaluations]` at which a solver asks for the velocity, from t = 1 to t = 0.
+
+    Raises:
+        ValueError: no step, or an unknown solver.
+    """
     if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: sampling needs at least one Euler step")
-    dt = 1.0 / num_steps
+        raise ValueError(f"num_steps={num_steps}: sampling needs at least one step")
+    if solver not in EVALUATIONS:
+        raise ValueError(f"solver={solver!r} is not one of {', '.join(EVALUATIONS)}")
+    step = 1.0 / num_steps
+    return 1.0 - step * (np.arange(num_steps)[:, None] + np.array(EVALUATIONS[solver]))
 
-    def step(i, x):
-        t = jnp.full(x.shape[:1], 1.0 - i * dt, jnp.float32)
-        return x - dt * velocity(x, t)
 
-    return lax.fori_loop(0, num_steps, step, noise)
+def integrate[Condition, State](
+    velocity: Callable[[Actions, Condition, State], tuple[Actions, State]],
+    noise: Actions,
+    conditions: Condition,
+    state: State,
+    *,
+    num_steps: int,
+    solver: Solver = "euler",
+) -> Actions:
+    """Steps of one size from noise at t = 1 to actions at t = 0.
+
+    velocity: actions, condition and state → velocity, and the state that the next evaluation gets.
+    conditions: what `velocity` needs to know of each of `evaluation_times`: arrays `[num_steps, evaluations, ...]`.
+    """
+    step = 1.0 / num_steps
+    later = EVALUATIONS[solver][1:]
+
+    def advance(carry, conditions):
+        x, state = carry
+        at = [jax.tree.map(lambda leaf, i=i: leaf[i], conditions) for i in range(1 + len(later))]
+        slope, state = velocity(x, at[0], state)
+        for fraction, condition in zip(later, at[1:], strict=True):
+            second, state = velocity(x - fraction * step * slope, condition, state)
+            slope = second if solver == "midpoint" else (slope + second) / 2
+        return (x - step * slope, state), None
+
+    (x, _), _ = lax.scan(advance, (noise, state), conditions, length=num_steps)
+    return x
 
 
 def time_embedding(t: Float[Array, " B"], width: int) -> Float[Array, "B width"]:

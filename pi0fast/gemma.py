@@ -2,12 +2,13 @@
 
 Prefix tokens (the VLM's) never attend to the suffix, so training and inference share one path: the prefix pass gives
 the keys and values of every layer, the suffix pass (the action expert's) attends to them and to its own. Freezing the
-VLM, several suffixes behind one prefix, and the Euler loop of inference all cut at that same place.
+VLM, several suffixes behind one prefix, and the loop of inference all cut at that same place.
 
 The action expert's norms are adaptive in Pi0.5 (AdaRMS, conditioned on time) and plain in Pi0. Gemma:
 https://arxiv.org/abs/2403.08295; RoPE: https://arxiv.org/abs/2104.09864; GeGLU: https://arxiv.org/abs/2002.05202.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,10 +44,44 @@ class Rotation(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys (after RoPE) and values of every layer: S free places in front for the suffix, then the prefix."""
+    """Keys (after RoPE) and values: S free places in front for the suffix, then the prefix.
 
-    k: Float[Array, "layers B S+P K C"]
-    v: Float[Array, "layers B S+P K C"]
+    Of all layers along a first axis where the layers are stacked; else of one layer, in a list of them.
+    """
+
+    k: Float[Array, "*layers B S+P K C"]
+    v: Float[Array, "*layers B S+P K C"]
+
+
+class Modulation(NamedTuple):
+    """What a norm scales and shifts with; the gate belongs to the branch that starts at the norm. D, or B D."""
+
+    scale: Float[Array, "*B D"]
+    shift: Float[Array, "*B D"] | None = None
+    gate: Float[Array, "*B D"] | None = None
+
+
+class Modulations(NamedTuple):
+    """Those of one layer's two norms."""
+
+    attention: Modulation
+    mlp: Modulation
+
+
+class Places(NamedTuple):
+    """Some of the suffix: where its keys begin in the cache, its rotation, and the keys that each of its queries sees."""
+
+    first: int
+    rotation: Rotation
+    key_start: Int[Array, "B T"]
+    key_end: Int[Array, "B T"]
+
+    @staticmethod
+    def of(layout: PrefixLayout, head_dim: int, first: int = 0, end: int | None = None) -> "Places":
+        """The suffix tokens from `first` up to `end`."""
+        part = (slice(None), slice(first, end))
+        rotation = Rotation.at(layout.suffix_positions[part], head_dim)
+        return Places(first, rotation, layout.suffix_start[part], layout.suffix_end[part])
 
 
 class RMSNorm(nnx.Module):
@@ -59,13 +94,11 @@ class RMSNorm(nnx.Module):
             self.scale = param(rngs, (width,), (None,), zeros)
         self.adaptive = adaptive
 
-    def modulate(self, cond: Float[Array, "B D"] | None) -> tuple[Array, Array | None, Array | None]:
-        """scale, shift, gate. The gate belongs to the branch that starts at this norm."""
+    def modulate(self, cond: Float[Array, "B D"] | None) -> Modulation:
         if not self.adaptive:
-            return self.scale[...], None, None
+            return Modulation(self.scale[...])
         assert cond is not None, "an adaptive norm needs its condition"
-        scale, shift, gate = jnp.split(self.modulation(cond), 3, axis=-1)
-        return scale, shift, gate
+        return Modulation(*jnp.split(self.modulation(cond), 3, axis=-1))
 
 
 class KeyValue(nnx.Module):
@@ -95,34 +128,39 @@ class Layer(KeyValue):
         self.gate_up = param(rngs, (width, 2 * config.mlp_dim), ("embed", "mlp"))
         self.down = param(rngs, (config.mlp_dim, width), ("mlp", "embed"))
 
-    def __call__(self, x, cond, rotation, key_start, key_end, place_keys, execution):
+    def modulate(self, cond: Float[Array, "B D"] | None) -> Modulations:
+        return Modulations(self.attention_norm.modulate(cond), self.mlp_norm.modulate(cond))
+
+    def project(
+        self, h: Float[Array, "B T D"], rotation: Rotation
+    ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]:
+        """Queries, keys and values."""
+        q = (h @ self.q[...]).reshape(*h.shape[:2], *self.query_heads)
+        return checkpoint_name(rotation(q), "query"), *self.keys_values(h, rotation)
+
+    def __call__(self, x, modulations: Modulations, rotation, key_start, key_end, place_keys, execution):
         """x `[B, T, D]` → x, and the keys and values that it attended to.
 
         place_keys: this layer's own keys or values → those to attend to.
         """
         kernel = execution.implementation
-        scale, shift, gate = self.attention_norm.modulate(cond)
+        scale, shift, gate = modulations.attention
         h = ada_rms_norm(x, scale, shift, implementation=kernel)
-        q = (h @ self.q[...]).reshape(*x.shape[:2], *self.query_heads)
-        k, v = (place(own) for place, own in zip(place_keys, self.keys_values(h, rotation), strict=True))
+        q, *own = self.project(h, rotation)
+        k, v = (place(x) for place, x in zip(place_keys, own, strict=True))
         attended = prefix_lm_attention(
-            checkpoint_name(rotation(q), "query"),
-            k,
-            v,
-            key_start,
-            key_end,
-            scale=self.query_heads[1] ** -0.5,
-            implementation=kernel,
+            q, k, v, key_start, key_end, scale=self.query_heads[1] ** -0.5, implementation=kernel
         )
         y = attended.reshape(*x.shape[:2], -1) @ self.out[...]
 
-        scale, shift, mlp_gate = self.mlp_norm.modulate(cond)
+        scale, shift, mlp_gate = modulations.mlp
         h, x = ada_rms_norm(y, scale, shift, residual=x, gate=gate, implementation=kernel)
         x = checkpoint_name(x, "residual")
         gate_in, up = jnp.split(h @ self.gate_up[...], 2, axis=-1)
         y = (jax.nn.gelu(gate_in, approximate=True) * up) @ self.down[...]
-        x = x + (y if mlp_gate is None else y * mlp_gate[:, None])
-        return x, (k, v)
+        if mlp_gate is not None:
+            y = y * (mlp_gate if mlp_gate.ndim == 1 else mlp_gate[:, None])
+        return x + y, KVCache(k, v)
 
 
 class Vlm(nnx.Module):
@@ -134,7 +172,9 @@ class Vlm(nnx.Module):
         self.layers = stack(config.depth - 1, rngs, lambda rngs: Layer(config, False, rngs=rngs))
         self.last = KeyValue(config, False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution) -> KVCache:
+    def __call__(
+        self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution
+    ) -> KVCache | Sequence[KVCache]:
         rotation = Rotation.at(layout.prefix_positions, self.head_dim)
         free = (0, 0), (layout.suffix_positions.shape[1], 0), (0, 0), (0, 0)
 
@@ -142,17 +182,19 @@ class Vlm(nnx.Module):
             return KVCache(jnp.pad(k, free), jnp.pad(v, free))
 
         def step(layer: Layer, x, _):
-            order = layout.order_keys
-            x, kv = layer(x, None, rotation, layout.prefix_start, layout.prefix_end, (order, order), execution)
+            place = layout.order_keys, layout.order_keys
+            starts, ends = layout.prefix_start, layout.prefix_end
+            x, kv = layer(x, layer.modulate(None), rotation, starts, ends, place, execution)
             return x, cached(*kv)
 
         def finish(last: KeyValue, x):
-            scale, _, _ = last.attention_norm.modulate(None)
-            h = ada_rms_norm(x, scale, implementation=execution.implementation)
+            h = ada_rms_norm(x, last.attention_norm.modulate(None).scale, implementation=execution.implementation)
             return cached(*map(layout.order_keys, last.keys_values(h, rotation)))
 
         x, cache = execution.scan(self.layers, step, x.astype(self.dtype), dtype=self.dtype)
         last = execution.apply(self.last, finish, x, dtype=self.dtype)
+        if isinstance(cache, list):
+            return [*cache, last]
         return jax.tree.map(lambda stacked, one: jnp.concatenate([stacked, one[None]]), cache, last)
 
 
@@ -174,17 +216,29 @@ class ActionExpert(nnx.Module):
         execution: Execution,
     ) -> Float[Array, "B S D"]:
         """Suffix tokens, and Pi0.5's time condition → normed outputs, against the prefix in `cache`."""
-        rotation = Rotation.at(layout.suffix_positions, self.head_dim)
+        places = Places.of(layout, self.head_dim)
         cond = None if cond is None else cond.astype(self.dtype)
 
         def step(layer: Layer, x, cached: KVCache):
-            place = tuple(lambda own, c=c: lax.dynamic_update_slice_in_dim(c, own, 0, axis=1) for c in cached)
-            x, _ = layer(x, cond, rotation, layout.suffix_start, layout.suffix_end, place, execution)
+            x, _ = attend_cached(layer, x, layer.modulate(cond), cached, places, execution)
             return x, None
 
-        def finish(norm: RMSNorm, x):
-            scale, shift, _ = norm.modulate(cond)
-            return ada_rms_norm(x, scale, shift, implementation=execution.implementation)
-
         x, _ = execution.scan(self.layers, step, x.astype(self.dtype), cache, dtype=self.dtype)
+        finish = lambda norm, x: final_norm(x, norm.modulate(cond), execution)  # noqa: E731
         return execution.apply(self.norm, finish, x, dtype=self.dtype)
+
+
+def attend_cached(
+    layer: Layer, x: Float[Array, "B T D"], modulations: Modulations, cache: KVCache, places: Places, execution
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """One layer over suffix tokens: their keys and values are written into the cache, which they then attend to."""
+
+    def into(cached):
+        return lambda own: lax.dynamic_update_slice_in_dim(cached, own, places.first, axis=1)
+
+    place = into(cache.k), into(cache.v)
+    return layer(x, modulations, places.rotation, places.key_start, places.key_end, place, execution)
+
+
+def final_norm(x: Float[Array, "B T D"], modulation: Modulation, execution: Execution) -> Float[Array, "B T D"]:
+    return ada_rms_norm(x, modulation.scale, modulation.shift, implementation=execution.implementation)

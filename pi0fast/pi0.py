@@ -3,6 +3,7 @@
 Black et al. 2024 (https://arxiv.org/abs/2410.24164) and https://arxiv.org/abs/2504.16054.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -34,16 +35,29 @@ class ActionHead(nnx.Module):
         if not config.pi05:
             self.state_in = Linear(config.action_dim, width, (None, "embed"), rngs=rngs)
 
+    def condition(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
+        """What time contributes: Pi0.5's condition of the norms, or Pi0's part of the action tokens' first product."""
+        time = flow.time_embedding(t, self.width)
+        if self.pi05:
+            return jax.nn.silu(self.time_out(jax.nn.silu(self.time_in(time))))
+        return time @ self.time_in.kernel[self.width :] + self.time_in.bias[...]
+
+    def actions(self, x_t: Float[Array, "B H A"], condition: Float[Array, "#B D"]) -> Float[Array, "B H D"]:
+        """The action tokens. Pi0 mixes each with time: the first of its two layers sees both side by side."""
+        tokens = self.action_in(x_t)
+        if self.pi05:
+            return tokens
+        hidden = tokens @ self.time_in.kernel[: self.width] + condition[:, None]
+        return self.time_out(jax.nn.silu(hidden))
+
     def embed(
         self, state: Float[Array, "B A"], x_t: Float[Array, "B H A"], t: Float[Array, " B"]
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B D"] | None]:
         """The suffix tokens (actions, then Pi0's state), and Pi0.5's time condition."""
-        actions = self.action_in(x_t)
-        time = flow.time_embedding(t, self.width)
+        condition = self.condition(t)
+        actions = self.actions(x_t, condition)
         if self.pi05:
-            return actions, jax.nn.silu(self.time_out(jax.nn.silu(self.time_in(time))))
-        time = jnp.broadcast_to(time[:, None], actions.shape)
-        actions = self.time_out(jax.nn.silu(self.time_in(jnp.concatenate([actions, time], axis=-1))))
+            return actions, condition
         return jnp.concatenate([actions, self.state_in(state)[:, None]], axis=1), None
 
 
@@ -72,7 +86,7 @@ class Pi0(nnx.Module):
         Raises:
             ValueError: an input whose shape does not fit the config.
         """
-        _validate(self.config, observation, x_t)
+        validate(self.config, observation, x_t)
         cache, layout = self.prefix(observation, execution)
         return self.suffix(observation.state, x_t, t, cache, layout, execution)
 
@@ -89,24 +103,9 @@ class Pi0(nnx.Module):
         velocity = self.velocity(observation, flow.interpolate(actions, noise, t), t, execution=execution)
         return flow.loss(velocity, actions, noise)
 
-    def sample_actions(
-        self,
-        observation: Observation,
-        noise: Float[Array, "B H A"],
-        num_steps: int = 10,
-        *,
-        execution: Execution = Execution(),
-    ) -> Float[Array, "B H A"]:
-        """Normalised actions from noise by `num_steps` Euler steps against one prefix pass."""
-        _validate(self.config, observation, noise)
-        cache, layout = self.prefix(observation, execution)
-
-        def velocity(x_t, t):
-            return self.suffix(observation.state, x_t, t, cache, layout, execution)
-
-        return flow.integrate(velocity, noise, num_steps)
-
-    def prefix(self, observation: Observation, execution: Execution) -> tuple[KVCache, PrefixLayout]:
+    def prefix(
+        self, observation: Observation, execution: Execution
+    ) -> tuple[KVCache | Sequence[KVCache], PrefixLayout]:
         """Images and prompt → their keys and values in every layer, and the layout of the batch."""
         tokens, valid = self.embed_prefix(observation, execution)
         layout = PrefixLayout.build(
@@ -153,7 +152,8 @@ class Pi0(nnx.Module):
             return execution.apply(self.head, lambda head: head.action_out(out.astype(jnp.float32)))
 
 
-def _validate(config: Pi0Config, observation: Observation, actions: Float[Array, "B H A"]) -> None:
+def validate(config: Pi0Config, observation: Observation, actions: Float[Array, "B H A"]) -> None:
+    """Raises: ValueError: an input whose shape does not fit the config."""
     batch = actions.shape[0]
     expected = {
         "actions": (actions, (batch, config.action_horizon, config.action_dim)),

@@ -56,7 +56,7 @@ def test_actions_are_the_models_samples_in_the_robots_units(run, policy, observa
     sample = transform({**cameras, "state": observation["observation.state"], "prompt": observation["prompt"]})
     batch = Observation(**jax.tree.map(lambda x: jnp.asarray(x)[None], sample))
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(7), 1), (1, 8, 2))
-    normalised = np.asarray(jax.jit(lambda m, o, n: m.sample_actions(o, n))(model, batch, noise))[0]
+    normalised = np.asarray(jax.jit(sample_actions)(model, batch, noise))[0]
     deltas = normalised * (STATS["actions"].std + 1e-6) + STATS["actions"].mean
     np.testing.assert_allclose(actions, deltas + observation["observation.state"], rtol=1e-5, atol=1e-5)
 

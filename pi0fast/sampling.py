@@ -1,0 +1,194 @@
+"""Actions from an observation, in the form that one compiled call runs fastest.
+
+A `Sampler` holds a model's weights as sampling wants them, made once:
+
+- layers one by one, matrices in the matmul dtype: nothing copies a layer's weights out of a stack;
+- query, key and value projections as one matrix;
+- everything that depends on time only, for every evaluation: Pi0's part of the action tokens, or the modulations of
+  all of Pi0.5's norms, whose weights are then not needed any more.
+
+A call runs the prefix, then Pi0's state token, which sees neither time nor noise, and writes the keys and values of
+both into a cache with free places in front. The loop over time computes the action tokens alone: each layer writes
+their keys and values into those places, in the loop's own buffers, and attends to the whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float
+
+from pi0fast import flow
+from pi0fast.execution import Execution, cast
+from pi0fast.flow import Solver
+from pi0fast.gemma import ActionExpert, KVCache, Layer, Modulation, Modulations, Places, attend_cached, final_norm
+from pi0fast.observation import Observation
+from pi0fast.params import flatten
+from pi0fast.pi0 import Pi0, validate
+
+
+class FusedLayer(Layer):
+    """A layer with one matrix for queries, keys and values, and without the weights of adaptive norms."""
+
+    def __init__(self, layer: Layer):
+        self.heads, self.query_heads = layer.heads, layer.query_heads
+        self.qkv = nnx.Param(jnp.concatenate([layer.q[...], layer.kv[...]], axis=1))
+        self.out, self.gate_up, self.down = layer.out, layer.gate_up, layer.down
+        if not layer.attention_norm.adaptive:
+            self.attention_norm, self.mlp_norm = layer.attention_norm, layer.mlp_norm
+
+    def project(self, h, rotation):
+        (n, c), (k, _) = self.query_heads, self.heads
+        parts = jnp.split(h @ self.qkv[...], [n * c, (n + k) * c], axis=-1)
+        q, k, v = (part.reshape(*h.shape[:2], -1, c) for part in parts)
+        return rotation(q), rotation(k), v
+
+
+class Conditions(NamedTuple):
+    """What depends on time only, of one evaluation or, along leading axes, of many."""
+
+    tokens: Float[Array, "*evaluations D"]
+    layers: list[Modulations] | None
+    norm: Modulation | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampler:
+    """`Sampler.of(model)(observation, noise)`: normalised actions.
+
+    A pytree: give it to a jitted function as an argument, and its weights are no constants of the program.
+    """
+
+    weights: nnx.State
+    conditions: Conditions
+    graphdef: nnx.GraphDef[Pi0] = field(metadata={"static": True})
+    num_steps: int = field(metadata={"static": True})
+    solver: Solver = field(metadata={"static": True})
+
+    @staticmethod
+    def of(model: Pi0, num_steps: int = 10, solver: Solver = "euler") -> "Sampler":
+        """The sampler of a model; the model stays as it is.
+
+        Raises:
+            ValueError: no step, or an unknown solver.
+        """
+        model = nnx.merge(*nnx.split(model))  # the modules below are replaced
+        conditions = _conditions(model, num_steps, solver)
+        siglip, vlm, expert = model.siglip, model.vlm, model.action_expert
+        dtype = vlm.dtype
+        siglip.layers = nnx.List(_unstack(siglip.layers, dtype))
+        siglip.head = _cast(siglip.head, dtype)
+        vlm.layers = nnx.List(FusedLayer(layer) for layer in _unstack(vlm.layers, dtype))
+        vlm.last = _cast(vlm.last, dtype)
+        expert.layers = nnx.List(FusedLayer(layer) for layer in _unstack(expert.layers, dtype))
+        if model.config.pi05:
+            del expert.norm
+        graphdef, weights = nnx.split(model)
+        return Sampler(weights, conditions, graphdef, num_steps, solver)
+
+    def __call__(
+        self, observation: Observation, noise: Float[Array, "B H A"], *, execution: Execution = Execution()
+    ) -> Float[Array, "B H A"]:
+        """Integrates from noise at t = 1 to actions at t = 0.
+
+        Raises:
+            ValueError: an input whose shape does not fit the config.
+        """
+        model = nnx.merge(self.graphdef, self.weights)
+        validate(model.config, observation, noise)
+        cache, layout = model.prefix(observation, execution)
+        assert isinstance(cache, list)
+        expert, head = model.action_expert, model.head
+        horizon = model.config.action_horizon
+        if not model.config.pi05:
+            with jax.named_scope("state"):
+                state = head.state_in(observation.state)[:, None]
+                places = Places.of(layout, expert.head_dim, first=horizon)
+                _, cache = _attend(expert, state, None, cache, places, execution)
+        places = Places.of(layout, expert.head_dim, end=horizon)
+
+        def velocity(x_t, at: Conditions, cache):
+            with jax.named_scope("suffix"):
+                tokens = head.actions(x_t, at.tokens[None])
+                x, cache = _attend(expert, tokens, at.layers, cache, places, execution)
+                x = final_norm(x, at.norm or expert.norm.modulate(None), execution)
+                return head.action_out(x.astype(jnp.float32)), cache
+
+        return flow.integrate(
+            velocity, noise, self.conditions, cache, num_steps=self.num_steps, solver=self.solver
+        )
+
+
+def sample_actions(
+    model: Pi0,
+    observation: Observation,
+    noise: Float[Array, "B H A"],
+    num_steps: int = 10,
+    *,
+    solver: Solver = "euler",
+    execution: Execution = Execution(),
+) -> Float[Array, "B H A"]:
+    """Normalised actions from noise. To sample again and again, keep the `Sampler` that this makes each time."""
+    return Sampler.of(model, num_steps, solver)(observation, noise, execution=execution)
+
+
+def matmul_weights(model: Pi0) -> set[str]:
+    """Paths of the weights that sampling uses in the matmul dtype only, so that they can be read in it."""
+    exact = ("head/", "siglip/patches/")
+    return {
+        path
+        for path, variable in flatten(model).items()
+        if not path.startswith(exact) and variable.ndim - (variable.get_metadata()["out_sharding"][0] == "layers") >= 2
+    }
+
+
+def _conditions(model: Pi0, num_steps: int, solver: Solver) -> Conditions:
+    """One product for all evaluations, and one for all layers' norms of a kind."""
+    times = flow.evaluation_times(num_steps, solver)
+    tokens = model.head.condition(jnp.asarray(times.reshape(-1), jnp.float32))
+
+    def by_evaluation(tree):
+        return jax.tree.map(lambda x: x.reshape(*times.shape, x.shape[-1]), tree)
+
+    if not model.config.pi05:
+        return Conditions(by_evaluation(tokens), None, None)
+    expert = model.action_expert
+    cond = tokens.astype(expert.dtype)
+    graphdef, stacked = nnx.split(expert.layers)
+    layers = jax.vmap(lambda layer: nnx.merge(graphdef, cast(layer, expert.dtype)).modulate(cond))(stacked)
+    each = [by_evaluation(jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(model.config.action_expert.depth)]
+    return Conditions(by_evaluation(tokens), each, by_evaluation(_cast(expert.norm, expert.dtype).modulate(cond)))
+
+
+def _attend(
+    expert: ActionExpert,
+    x: Float[Array, "B T D"],
+    modulations: Sequence[Modulations] | None,
+    cache: list[KVCache],
+    places: Places,
+    execution: Execution,
+) -> tuple[Float[Array, "B T D"], list[KVCache]]:
+    """Some of the suffix through every layer; each writes its keys and values into the cache."""
+
+    def step(layer: Layer, x, inputs):
+        given, cached = inputs
+        return attend_cached(layer, x, given or layer.modulate(None), cached, places, execution)
+
+    inputs = list(zip(modulations or [None] * len(cache), cache, strict=True))
+    return execution.scan(expert.layers, step, x.astype(expert.dtype), inputs, dtype=expert.dtype)
+
+
+def _cast[M: nnx.Module](module: M, dtype: DTypeLike) -> M:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, cast(state, dtype))
+
+
+def _unstack(layers: nnx.Module, dtype: DTypeLike) -> list:
+    graphdef, stacked = nnx.split(layers)
+    depth = len(jax.tree.leaves(stacked)[0])
+    each = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth))
+    return [nnx.merge(graphdef, cast(state, dtype)) for state in each]
