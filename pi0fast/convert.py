@@ -152,6 +152,28 @@ def find_norm_stats(step: str | Path | epath.Path) -> dict[str, dict[str, NormSt
     return {str(file.parent.relative_to(assets)): normalize.load(file) for file in files}
 
 
+def describe_openpi(
+    src: str | Path,
+    *,
+    asset_id: str | None = None,
+    action_horizon: int = 50,
+    max_token_len: int | None = None,
+    dtype: DType = "bfloat16",
+) -> tuple[Pi0Config, dict[str, NormStats]]:
+    """What an openpi checkpoint holds, without reading its arrays; the options are those of `convert_from_openpi`.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: its parameters are no Pi0 or Pi0.5, or whose statistics to take is not clear.
+    """
+    folder = _folder(src)
+    shapes = _openpi_shapes_of(folder)
+    unseen = {} if max_token_len is None else {"max_token_len": max_token_len}
+    config = infer_config(shapes, dtype, action_horizon=action_horizon, **unseen)
+    check(shapes, config)
+    return config, _choose_stats(find_norm_stats(folder), asset_id)
+
+
 def convert_from_openpi(
     src: str,
     out: Path,
@@ -174,12 +196,9 @@ def convert_from_openpi(
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; convert into a new folder")
-    folder = _folder(src)
-    shapes = _openpi_shapes_of(folder)
-    unseen = {} if max_token_len is None else {"max_token_len": max_token_len}
-    config = infer_config(shapes, dtype, action_horizon=action_horizon, **unseen)
-    check(shapes, config)
-    stats = _choose_stats(find_norm_stats(folder), asset_id)
+    config, stats = describe_openpi(
+        src, asset_id=asset_id, action_horizon=action_horizon, max_token_len=max_token_len, dtype=dtype
+    )
     model, dead = load_openpi_model_and_dead(src, config)
     RunConfig(config, robots.find_robot(robot) if robot else None, tokenizer="paligemma").save(out)
     checkpoint.save_arrays(out / "dead", dead)

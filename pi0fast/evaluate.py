@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from pi0fast.data.demo import MAX_STEPS, Simulator
 from pi0fast.execution import Kernels
-from pi0fast.policy import Policy
+from pi0fast.policy import Policy, keep_compiled_programs
 
 UNSEEN_SEED = 1_000_000  # layouts that no data set of the writer's default seeds holds
 
@@ -45,7 +45,7 @@ def evaluate(
     frames = [[observation["observation.images.top"]] for observation in observations]
     touched: dict[int, str | None] = {}
     while len(touched) < episodes:
-        chunks = policy.infer_batch(observations)  # finished ones too: a constant batch compiles once
+        chunks = policy.infer_batch(observations)  # finished ones too: the policy is compiled for all of them
         for episode in set(range(episodes)) - set(touched):
             for action in chunks[episode][:execute]:
                 observations[episode], done, info = simulators[episode].step(action)
@@ -110,7 +110,8 @@ def main(
     gif_episodes: how many of them to draw, in RUN/episodes.gif; 0 for none.
     kernels: of attention and norms: auto, reference or triton.
     """
-    policy = Policy.load(run, kernels=kernels)
+    keep_compiled_programs()
+    policy = Policy.load(run, kernels=kernels, batch_sizes=(episodes,))
     if policy.robot.name != "demo":
         raise ValueError(f"{run} is for the robot {policy.robot.name!r}; the simulator is the demo's")
     outcomes = evaluate(policy, episodes, seed=seed)

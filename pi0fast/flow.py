@@ -47,7 +47,7 @@ def loss(velocity: Actions, actions: Actions, noise: Actions) -> Float[Array, "B
     return jnp.mean(jnp.square(velocity - (noise - actions)), axis=-1)
 
 
-def evaluation_times(num_steps: int, solver: Solver) -> np.ndarray:
+def evaluation_times(num_steps: int, solver: str) -> np.ndarray:
     """The times `[num_steps, evaluations]` at which a solver asks for the velocity, from t = 1 to t = 0.
 
     Raises:

@@ -8,7 +8,6 @@ The action expert's norms are adaptive in Pi0.5 (AdaRMS, conditioned on time) an
 https://arxiv.org/abs/2403.08295; RoPE: https://arxiv.org/abs/2104.09864; GeGLU: https://arxiv.org/abs/2002.05202.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -69,7 +68,7 @@ class Modulations(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Some of the suffix: where its keys begin in the cache, its rotation, and the keys that each of its queries sees."""
+    """Some of the suffix: where its keys begin in the cache, its rotation, and the keys that its queries see."""
 
     first: int
     rotation: Rotation
@@ -172,9 +171,7 @@ class Vlm(nnx.Module):
         self.layers = stack(config.depth - 1, rngs, lambda rngs: Layer(config, False, rngs=rngs))
         self.last = KeyValue(config, False, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution
-    ) -> KVCache | Sequence[KVCache]:
+    def __call__(self, x: Float[Array, "B P D"], layout: PrefixLayout, execution: Execution) -> KVCache | list[KVCache]:
         rotation = Rotation.at(layout.prefix_positions, self.head_dim)
         free = (0, 0), (layout.suffix_positions.shape[1], 0), (0, 0), (0, 0)
 

@@ -3,7 +3,6 @@
 Black et al. 2024 (https://arxiv.org/abs/2410.24164) and https://arxiv.org/abs/2504.16054.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -88,6 +87,7 @@ class Pi0(nnx.Module):
         """
         validate(self.config, observation, x_t)
         cache, layout = self.prefix(observation, execution)
+        assert isinstance(cache, KVCache), "layers in a list are a Sampler's"
         return self.suffix(observation.state, x_t, t, cache, layout, execution)
 
     def loss(
@@ -103,9 +103,7 @@ class Pi0(nnx.Module):
         velocity = self.velocity(observation, flow.interpolate(actions, noise, t), t, execution=execution)
         return flow.loss(velocity, actions, noise)
 
-    def prefix(
-        self, observation: Observation, execution: Execution
-    ) -> tuple[KVCache | Sequence[KVCache], PrefixLayout]:
+    def prefix(self, observation: Observation, execution: Execution) -> tuple[KVCache | list[KVCache], PrefixLayout]:
         """Images and prompt → their keys and values in every layer, and the layout of the batch."""
         tokens, valid = self.embed_prefix(observation, execution)
         layout = PrefixLayout.build(

@@ -1,7 +1,9 @@
 """A trained model behind one call: observations of a robot in, its actions out."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +11,48 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pi0fast import checkpoint, normalize
+from pi0fast import checkpoint, convert, normalize
 from pi0fast.checkpoint import RunConfig
+from pi0fast.config import DType, Pi0Config
 from pi0fast.execution import Execution, Kernels
+from pi0fast.flow import Solver
 from pi0fast.observation import Observation
 from pi0fast.params import replace
 from pi0fast.pi0 import Pi0, check_kernels
-from pi0fast.robots import Robot
+from pi0fast.robots import Robot, find_robot
+from pi0fast.sampling import Sampler, matmul_weights
 from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
 from pi0fast.transforms import SampleTransform
+
+
+@dataclass(frozen=True)
+class Request:
+    """One observation after the host transforms, without a batch axis.
+
+    inputs: the fields of `Observation`. state: as the robot gave it. prepare_ms: what the transforms took.
+    """
+
+    inputs: dict[str, Any]
+    state: np.ndarray
+    prepare_ms: float
+
+    @property
+    def prompt_len(self) -> int:
+        return int(self.inputs["tokenized_prompt_mask"].sum())
 
 
 class Policy:
     """Host transforms, one compiled call, and their inverse.
 
-    num_steps: Euler steps from noise to actions. seed: of the noise; the same calls in the same order give the same
-    actions. kernels: of attention and norms; `auto` takes the first that can run.
+    Every program is compiled here: one for each batch size and each of `prompt_buckets`. A call takes the smallest that
+    fits, so that padding costs little and no request compiles.
+
+    num_steps, solver: from noise to actions. seed: of the noise; the same requests in the same order give the same
+    actions, however they are batched. kernels: of attention and norms; `auto` takes the first that can run.
+    batch_sizes: how many observations a call takes. default_prompt: for observations without one.
 
     Raises:
-        ValueError: the named kernels cannot run here.
+        ValueError: batch sizes below one, no step, an unknown solver, or kernels that cannot run here.
     """
 
     def __init__(
@@ -36,67 +61,211 @@ class Policy:
         transform: SampleTransform,
         *,
         num_steps: int = 10,
+        solver: Solver = "euler",
         seed: int = 0,
         kernels: Kernels = "auto",
+        batch_sizes: Sequence[int] = (1,),
+        default_prompt: str | None = None,
     ):
         execution = Execution(kernels=kernels)
         check_kernels(model.config, execution)
+        if not batch_sizes or min(batch_sizes) < 1:
+            raise ValueError(f"batch_sizes={tuple(batch_sizes)}: give at least one, each at least 1")
+        self.batch_sizes = tuple(sorted(set(batch_sizes)))
+        self.prompt_buckets = prompt_buckets(model.config.max_token_len)
+        self.num_steps, self.solver = num_steps, solver
         self._transform = transform
-        self._key = jax.random.key(seed)
-        self._calls = 0
-        graphdef, self._weights = nnx.split(model)
-        shape = (model.config.action_horizon, model.config.action_dim)
+        self._default_prompt = default_prompt
+        self._seed, self._count = seed, 0
+        self._keys = {_canonical(key): key for key in (*transform.robot.state, *transform.robot.cameras.values())}
+        sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model, num_steps, solver)
+        self._weights, structure = jax.tree.flatten(sampler)  # a plain list passes into a call without Python's help
 
-        def sample(weights, observation: Observation, key):
-            noise = jax.random.normal(key, (observation.state.shape[0], *shape))
-            return nnx.merge(graphdef, weights).sample_actions(observation, noise, num_steps, execution=execution)
+        def sample(weights, observation: Observation, noise):
+            return jax.tree.unflatten(structure, weights)(observation, noise, execution=execution)
 
-        self._sample = jax.jit(sample)
+        jitted = jax.jit(sample, donate_argnames="noise")
+        self._programs = {
+            (batch, length): jitted.lower(self._weights, *_abstract(model.config, transform, batch, length)).compile()
+            for batch in self.batch_sizes
+            for length in self.prompt_buckets
+        }
 
     @staticmethod
-    def load(run: str | Path, *, num_steps: int = 10, seed: int = 0, kernels: Kernels = "auto") -> "Policy":
-        """The newest checkpoint of a run.
+    def load(
+        path: str | Path,
+        *,
+        robot: str | None = None,
+        asset_id: str | None = None,
+        action_horizon: int = 50,
+        dtype: DType = "bfloat16",
+        **options: Any,
+    ) -> "Policy":
+        """The newest checkpoint of a run, or an openpi checkpoint `<step>`.
+
+        robot: a ready robot's name or a YAML file, in place of the run's own; an openpi checkpoint needs it.
+        asset_id, action_horizon, dtype: of an openpi checkpoint, which does not tell (`pi0fast.convert`).
+        options: those of `Policy`.
 
         Raises:
-            FileNotFoundError: `run` is not a run, or has no checkpoint yet.
-            ValueError: the run does not say which robot it is for, or the named kernels cannot run here.
+            FileNotFoundError: `path` is neither, or the run has no checkpoint yet.
+            ValueError: which robot it is for is not known, the weights or the statistics do not fit, or an option's.
         """
-        run = Path(run)
-        config = RunConfig.load(run)
+        folder = Path(path)
+        if (folder / "params").is_dir() or "://" in str(path):
+            if robot is None:
+                raise ValueError(
+                    f"{path} is an openpi checkpoint, which does not say which robot it is for; give robot"
+                )
+            model_config, stats = convert.describe_openpi(
+                path, asset_id=asset_id, action_horizon=action_horizon, dtype=dtype
+            )
+            config = RunConfig(model_config, find_robot(robot), tokenizer="paligemma")
+            check_kernels(config.model, Execution(kernels=options.get("kernels", "auto")))
+            transform = make_transform(config, stats)
+            return Policy(convert.load_openpi_checkpoint(path, config.model), transform, **options)
+        config = RunConfig.load(folder)
+        if robot is not None:
+            config = RunConfig(config.model, find_robot(robot), config.tokenizer)
         if config.robot is None:
-            raise ValueError(f"{run} does not say which robot it is for; convert it again with --robot")
-        check_kernels(config.model, Execution(kernels=kernels))
-        step = checkpoint.newest_checkpoint(run)
+            raise ValueError(f"{path} does not say which robot it is for; give robot, or convert it again with --robot")
+        check_kernels(config.model, Execution(kernels=options.get("kernels", "auto")))
+        step = checkpoint.newest_checkpoint(folder)
+        transform = make_transform(config, normalize.load(checkpoint.stats_path(step)))
         abstract = nnx.eval_shape(lambda: Pi0(config.model, rngs=nnx.Rngs(0)))
-        model = replace(abstract, checkpoint.load_arrays(step / "params"))
-        stats = normalize.load(checkpoint.stats_path(step))
-        return Policy(model, make_transform(config, stats), num_steps=num_steps, seed=seed, kernels=kernels)
+        dtypes = dict.fromkeys(matmul_weights(abstract), config.model.dtype)
+        model = replace(abstract, checkpoint.load_arrays(step / "params", dtypes=dtypes))
+        return Policy(model, transform, **options)
 
     @property
     def robot(self) -> Robot:
         return self._transform.robot
 
-    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """One observation → `actions` float32 [H, d] in the robot's units, and `infer_ms`, the time that it took.
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a client may want to know: plain values."""
+        config = self._transform.config
+        return {
+            "model": "pi05" if config.pi05 else "pi0",
+            "robot": self.robot.name,
+            "state_keys": list(self.robot.state),
+            "image_keys": list(self.robot.cameras.values()),
+            "action_horizon": config.action_horizon,
+            "action_dim": self._transform.action_stats.dim,
+            "num_steps": self.num_steps,
+            "solver": self.solver,
+            "batch_sizes": list(self.batch_sizes),
+        }
 
-        observation: the robot's data-set keys (images uint8 [height, width, 3]; state and its parts float), and
-            `prompt`. A missing camera counts as masked.
+    def infer(self, observation: Mapping[str, Any], *, noise: np.ndarray | None = None) -> dict[str, Any]:
+        """One observation → `actions` float32 [H, d] in the robot's units, and `policy_timing` in milliseconds.
+
+        observation: the robot's data-set keys or openpi's (`observation/image`; dicts may be nested): images uint8
+            [height, width, 3] or [3, height, width], the state and its parts numbers, and `prompt`. A missing camera
+            counts as masked; other keys are ignored.
+        noise: float32 [H, A] to start from, in place of the policy's own.
+
+        `policy_timing`: `infer_ms`, the whole; of it `prepare_ms`, the host transforms, and `device_ms`, from the call
+        until the actions are here.
 
         Raises:
             ValueError: naming the key that is missing or does not fit.
         """
-        start = time.perf_counter()
-        actions = self.infer_batch([observation])[0]
-        return {"actions": actions, "infer_ms": (time.perf_counter() - start) * 1e3}
+        return self.run([self.prepare(observation)], noise=None if noise is None else np.asarray(noise)[None])[0]
 
     def infer_batch(self, observations: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """As `infer`, for several observations at once: float32 [B, H, d]. Compiles once for each B."""
-        samples = [_repack(observation, self.robot) for observation in observations]
-        inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(self._transform(sample) for sample in samples))
-        self._calls += 1
-        actions = self._sample(self._weights, Observation(**inputs), jax.random.fold_in(self._key, self._calls))
-        states = np.stack([sample["state"] for sample in samples])
-        return self._transform.invert_actions(np.asarray(actions), states)
+        """As `infer`, for several observations: their actions, float32 [B, H, d]."""
+        requests = [self.prepare(observation) for observation in observations]
+        most = self.batch_sizes[-1]
+        replies = [
+            reply for start in range(0, len(requests), most) for reply in self.run(requests[start : start + most])
+        ]
+        return np.stack([reply["actions"] for reply in replies])
+
+    def prepare(self, observation: Mapping[str, Any]) -> Request:
+        """The host transforms of one observation. Raises: ValueError, as `infer`."""
+        start = time.perf_counter()
+        sample = self._repack(observation)
+        inputs = self._transform(sample)
+        return Request(inputs, sample["state"], (time.perf_counter() - start) * 1e3)
+
+    def run(self, requests: Sequence[Request], *, noise: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """One compiled call for up to `batch_sizes[-1]` requests: `infer`'s reply for each.
+
+        noise: float32 [B, H, A]. Raises: ValueError, for too many requests or noise of another shape.
+        """
+        start = time.perf_counter()
+        count = len(requests)
+        if not 1 <= count <= self.batch_sizes[-1]:
+            raise ValueError(f"{count} requests; one call takes 1 to {self.batch_sizes[-1]} (batch_sizes)")
+        config = self._transform.config
+        shape = (count, config.action_horizon, config.action_dim)
+        if noise is None:
+            noise = np.stack([self._draw(shape[1:]) for _ in requests])
+        elif noise.shape != shape:
+            raise ValueError(f"noise has shape {noise.shape}, expected {shape}")
+        batch = next(size for size in self.batch_sizes if size >= count)
+        needed = max(request.prompt_len for request in requests)
+        length = next(bucket for bucket in self.prompt_buckets if bucket >= needed)
+        filled = [*requests, *[requests[0]] * (batch - count)]
+        inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in filled))
+        inputs |= {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
+        noise = np.resize(np.asarray(noise, np.float32), (batch, *shape[1:]))  # a copy: the call may write into it
+
+        called = time.perf_counter()
+        actions = np.asarray(self._programs[batch, length](self._weights, Observation(**inputs), noise))[:count]
+        fetched = time.perf_counter()
+        actions = self._transform.invert_actions(actions, np.stack([request.state for request in requests]))
+        run_ms = (time.perf_counter() - start) * 1e3
+        return [
+            {
+                "actions": actions[i],
+                "policy_timing": {
+                    "infer_ms": run_ms + request.prepare_ms,
+                    "prepare_ms": request.prepare_ms,
+                    "device_ms": (fetched - called) * 1e3,
+                },
+            }
+            for i, request in enumerate(requests)
+        ]
+
+    def warmup(self) -> None:
+        """Runs every program once, so that the first request waits for nothing."""
+        config = self._transform.config
+        for batch, length in self._programs:
+            observation, noise = _abstract(config, self._transform, batch, length)
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), observation)
+            jax.block_until_ready(
+                self._programs[batch, length](self._weights, zeros, np.zeros(noise.shape, noise.dtype))
+            )
+
+    def _draw(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Standard normal noise, a function of the seed and of how many requests came before."""
+        self._count += 1
+        return np.random.default_rng((self._seed, self._count)).standard_normal(shape, np.float32)
+
+    def _repack(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """The robot's or openpi's keys → the transform's."""
+        values = {self._keys.get(_canonical(key), key): (key, value) for key, value in _flat(observation).items()}
+        robot, prompt = self.robot, observation.get("prompt", self._default_prompt)
+        missing = [key for key in robot.state if key not in values] + ["prompt"] * (prompt is None)
+        if missing:
+            raise ValueError(f"the observation has no {missing}; it has {sorted(observation)}")
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is {type(prompt).__name__}, expected a string")
+        parts = [_numbers(*values[key]) for key in robot.state]
+        expected = self._transform.state_stats.dim
+        if (found := sum(map(len, parts))) != expected:
+            keys = " and ".join(values[key][0] for key in robot.state)
+            raise ValueError(f"{keys}: {found} state dimensions, expected {expected}")
+        images = {f"image.{camera}": _image(*values[key]) for camera, key in robot.cameras.items() if key in values}
+        return {**images, "state": np.concatenate(parts), "prompt": prompt}
+
+
+def prompt_buckets(max_token_len: int) -> tuple[int, ...]:
+    """Prompt lengths to compile for: quarters of the longest, rounded up to 16 tokens."""
+    quarters = (-(-max_token_len * i // 4) for i in range(1, 5))
+    return tuple(sorted({min(-(-length // 16) * 16, max_token_len) for length in quarters}))
 
 
 def make_transform(config: RunConfig, stats: Mapping[str, normalize.NormStats]) -> SampleTransform:
@@ -106,10 +275,64 @@ def make_transform(config: RunConfig, stats: Mapping[str, normalize.NormStats]) 
     return SampleTransform(config.model, config.robot, stats, tokenizer)
 
 
-def _repack(observation: Mapping[str, Any], robot: Robot) -> dict[str, Any]:
-    """The robot's keys → the transform's."""
-    if missing := [key for key in (*robot.state, "prompt") if key not in observation]:
-        raise ValueError(f"the observation has no {missing}; it has {sorted(observation)}")
-    images = {f"image.{camera}": observation[key] for camera, key in robot.cameras.items() if key in observation}
-    state = np.concatenate([np.atleast_1d(observation[key]) for key in robot.state])
-    return {**images, "state": state, "prompt": observation["prompt"]}
+def keep_compiled_programs() -> None:
+    """Programs that JAX compiles are kept on disk for the next process: in $JAX_COMPILATION_CACHE_DIR, else in
+    `$XDG_CACHE_HOME/pi0fast/programs` (by default under `~/.cache`). For command lines; it sets JAX's own option."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "pi0fast" / "programs"))
+
+
+def _abstract(
+    config: Pi0Config, transform: SampleTransform, batch: int, prompt_len: int
+) -> tuple[Observation, jax.ShapeDtypeStruct]:
+    """An observation of the robot's cameras, and noise."""
+
+    def array(*shape: int, dtype: Any = np.float32):
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    size = config.image_size
+    observation = Observation(
+        images={camera: array(size, size, 3, dtype=np.uint8) for camera in transform.cameras},  # pyright: ignore[reportArgumentType]
+        image_masks={camera: array(dtype=np.bool_) for camera in transform.cameras},  # pyright: ignore[reportArgumentType]
+        state=array(config.action_dim),  # pyright: ignore[reportArgumentType]
+        tokenized_prompt=array(prompt_len, dtype=np.int32),  # pyright: ignore[reportArgumentType]
+        tokenized_prompt_mask=array(prompt_len, dtype=np.bool_),  # pyright: ignore[reportArgumentType]
+    )
+    return observation, array(config.action_horizon, config.action_dim)
+
+
+def _canonical(key: str) -> str:
+    """`observation/images/top` → `images.top`: what data-set keys and openpi's keys have in common."""
+    return key.replace("/", ".").removeprefix("observation.")
+
+
+def _flat(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts → one, keys joined by "/"."""
+    flat = {}
+    for key, value in observation.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _numbers(key: str, value: Any) -> np.ndarray:
+    """A number or a list of them, all finite."""
+    array = np.atleast_1d(np.asarray(value))
+    if array.dtype.kind not in "fiub" or array.ndim != 1:
+        raise ValueError(f"{key} is {array.dtype} {array.shape}, expected numbers [d]")
+    if not np.isfinite(array).all():
+        index = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ValueError(f"{key} is not finite: {array[index]} at {index}")
+    return array
+
+
+def _image(key: str, value: Any) -> np.ndarray:
+    """uint8 `[height, width, 3]`; channels may come first."""
+    image = np.asarray(value)
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+        image = np.moveaxis(image, 0, 2)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"{key} is {image.dtype} {image.shape}, expected uint8 [height, width, 3]; scale [0, 1] to 255"
+        )
+    return image

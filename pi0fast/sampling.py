@@ -14,7 +14,7 @@ their keys and values into those places, in the loop's own buffers, and attends 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,9 +118,7 @@ class Sampler:
                 x = final_norm(x, at.norm or expert.norm.modulate(None), execution)
                 return head.action_out(x.astype(jnp.float32)), cache
 
-        return flow.integrate(
-            velocity, noise, self.conditions, cache, num_steps=self.num_steps, solver=self.solver
-        )
+        return flow.integrate(velocity, noise, self.conditions, cache, num_steps=self.num_steps, solver=self.solver)
 
 
 def sample_actions(
@@ -159,7 +157,12 @@ def _conditions(model: Pi0, num_steps: int, solver: Solver) -> Conditions:
     expert = model.action_expert
     cond = tokens.astype(expert.dtype)
     graphdef, stacked = nnx.split(expert.layers)
-    layers = jax.vmap(lambda layer: nnx.merge(graphdef, cast(layer, expert.dtype)).modulate(cond))(stacked)
+
+    def modulate(state: nnx.State) -> Modulations:
+        layer: Any = nnx.merge(graphdef, cast(state, expert.dtype))
+        return layer.modulate(cond)
+
+    layers = jax.vmap(modulate)(stacked)
     each = [by_evaluation(jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(model.config.action_expert.depth)]
     return Conditions(by_evaluation(tokens), each, by_evaluation(_cast(expert.norm, expert.dtype).modulate(cond)))
 

@@ -113,9 +113,29 @@ def test_distribution_of_time():
     np.testing.assert_allclose(noise.std(), 1, atol=0.01)
 
 
-def test_euler_steps_need_to_be_positive():
+def test_steps_and_solvers_that_are_none():
     with pytest.raises(ValueError, match="num_steps=0"):
-        flow.integrate(lambda x, t: x, jnp.zeros((1, 2, 2)), 0)
+        flow.evaluation_times(0, "euler")
+    with pytest.raises(ValueError, match="solver='rk4' is not one of euler, midpoint, heun"):
+        flow.evaluation_times(3, "rk4")
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_order_of_the_solvers(solver, order):
+    """On dx/dt = x cos(5 t), halving the step divides the error by 2^order."""
+
+    def error(num_steps):
+        times = jnp.asarray(flow.evaluation_times(num_steps, solver))
+
+        def velocity(x, t, calls):
+            return x * jnp.cos(5 * t), calls + 1
+
+        noise = jnp.ones((1, 1, 1))
+        x = flow.integrate(velocity, noise, times, jnp.zeros((), jnp.int32), num_steps=num_steps, solver=solver)
+        return abs(float(x[0, 0, 0]) - np.exp(-np.sin(5) / 5))
+
+    ratio = error(16) / error(32)
+    np.testing.assert_allclose(np.log2(ratio), order, atol=0.2)
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ def attention(
     logits, visible = _logits(q, k, key_start, key_end, scale)
     probabilities = jax.nn.softmax(jnp.where(visible, logits, MASKED), axis=-1)
     probabilities = jnp.where(visible, probabilities, 0.0).astype(v.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", probabilities, v).reshape(q.shape)
+    attended = jnp.einsum("bkgts,bskc->bkgtc", probabilities, v)  # written so that v is not transposed for it
+    return jnp.moveaxis(attended, 3, 1).reshape(q.shape)
 
 
 def forward(
