@@ -122,17 +122,17 @@ def test_steps_and_solvers_that_are_none():
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
 def test_order_of_the_solvers(solver, order):
-    """On dx/dt = x t, halving the step divides the error by 2^order."""
+    """On dx/dt = x (1 + t), halving the step divides the error by 2^order."""
 
     def error(num_steps):
         times = jnp.asarray(flow.evaluation_times(num_steps, solver))
 
         def velocity(x, t, calls):
-            return x * t, calls + 1
+            return x * (1 + t), calls + 1
 
         noise = jnp.ones((1, 1, 1))
         x = flow.integrate(velocity, noise, times, jnp.zeros((), jnp.int32), num_steps=num_steps, solver=solver)
-        return abs(float(x[0, 0, 0]) - np.exp(-1 / 2))
+        return abs(float(x[0, 0, 0]) - np.exp(-3 / 2))
 
     ratio = error(8) / error(16)
     np.testing.assert_allclose(np.log2(ratio), order, atol=0.15)
