@@ -12,7 +12,19 @@ ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "pi0fast_kernels"
 PACKAGE = ROOT / "pi0fast"
 
-MODEL = ("config", "layout", "observation", "augment", "execution", "params", "siglip", "gemma", "pi0", "flow")
+MODEL = (
+    "config",
+    "layout",
+    "observation",
+    "augment",
+    "execution",
+    "params",
+    "siglip",
+    "gemma",
+    "pi0",
+    "flow",
+    "sampling",
+)
 MODEL_MAY = {"numpy", "jax", "jaxtyping", "flax", "pi0fast_kernels", *(f"pi0fast.{name}" for name in MODEL)}
 
 

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import pytest
 from flax import nnx
 
-from pi0fast import Observation, Pi0, config, evaluate
+from pi0fast import Observation, Pi0, config, convert, evaluate
 from pi0fast.checkpoint import Checkpoints, RunConfig
 from pi0fast.data.demo import Simulator
 from pi0fast.normalize import NormStats
@@ -17,7 +19,9 @@ from pi0fast.params import flatten
 from pi0fast.policy import Policy
 from pi0fast.robots import DEMO
 from pi0fast.sampling import sample_actions
+from pi0fast.tokenizer import DEMO_TOKENIZER
 from pi0fast_kernels import _triton
+from tests.test_convert import STEP
 
 STATS = {
     "state": NormStats(*np.array([[0.5, 0.5], [0.3, 0.2], [0.0, 0.0], [1.0, 1.0]])),
@@ -74,8 +78,11 @@ def test_the_same_seed_gives_the_same_actions(run, observation):
     [
         ({"observation.state": None}, r"no \['observation.state'\]; it has"),
         ({"prompt": None}, r"no \['prompt'\]; it has"),
-        ({"observation.state": np.zeros(3, np.float32)}, "state"),
-        ({"observation.state": np.full(2, np.nan, np.float32)}, "state"),
+        ({"prompt": b"touch"}, "prompt is bytes, expected a string"),
+        ({"observation.state": np.zeros(3, np.float32)}, "observation.state: 3 state dimensions, expected 2"),
+        ({"observation.state": np.array([0, np.nan])}, "observation.state is not finite: nan at 1"),
+        ({"observation.state": np.array(["a", "b"])}, r"observation.state is <U1 \(2,\), expected numbers"),
+        ({"observation.images.wrist": np.zeros((56, 56, 3))}, r"observation.images.wrist is float64 \(56, 56, 3\)"),
         ({"observation.images.top": np.zeros((56, 56), np.uint8)}, "observation.images.top is uint8"),
     ],
 )
@@ -98,6 +105,96 @@ def test_named_kernels_give_the_same_actions(run, observation):
         for kernels in ("triton", "reference")
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def batching(run):
+    return Policy.load(run[0], seed=3, batch_sizes=(4, 1))
+
+
+def test_no_request_compiles(batching, observation, caplog):
+    batching.warmup()
+    with jax.log_compiles():
+        for count in (1, 3, 4):
+            batching.run([batching.prepare(observation)] * count)
+        assert not [record for record in caplog.records if "ompil" in record.getMessage()]
+        jax.jit(lambda x: x + count)(1.0)  # so that the test is known to see one
+        assert [record for record in caplog.records if "ompil" in record.getMessage()]
+
+
+def test_actions_do_not_depend_on_batching(run, batching):
+    """The n-th request gets the n-th noise; padding the batch to a compiled size changes nothing."""
+    observations = [Simulator(seed).reset() for seed in range(7)]
+    first = batching._count
+    batched = batching.infer_batch(observations)  # four, then three
+    alone = Policy.load(run[0], seed=3)
+    alone._count = first
+    singles = [alone.infer(observation)["actions"] for observation in observations]
+    np.testing.assert_allclose(batched, singles, rtol=1e-5, atol=1e-5)
+
+
+def test_given_noise_is_used_and_left_alone(policy, observation):
+    noise = np.random.default_rng(0).standard_normal((8, 2), np.float32)
+    kept = noise.copy()
+    first, second = (policy.infer(observation, noise=noise)["actions"] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(noise, kept)
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 3, 2\), expected \(1, 8, 2\)"):
+        policy.infer(observation, noise=noise[:3])
+
+
+def test_too_many_requests(batching, observation):
+    with pytest.raises(ValueError, match="5 requests; one call takes 1 to 4"):
+        batching.run([batching.prepare(observation)] * 5)
+
+
+def test_openpis_keys_and_channels_first_mean_the_same(policy, observation):
+    noise = np.zeros((8, 2), np.float32)
+    expected = policy.infer(observation, noise=noise)["actions"]
+    images = {name: observation[f"observation.images.{name}"] for name in ("top", "wrist")}
+    flat = {"observation/state": observation["observation.state"], "prompt": observation["prompt"]}
+    flat |= {f"observation/images/{name}": image for name, image in images.items()}
+    nested = {
+        "state": observation["observation.state"].tolist(),
+        "images": {name: np.moveaxis(image, 2, 0) for name, image in images.items()},
+        "prompt": observation["prompt"],
+        "something/else": 3,
+    }
+    for spelled in (flat, nested):
+        np.testing.assert_array_equal(policy.infer(spelled, noise=noise)["actions"], expected)
+
+
+def test_default_prompt(run, observation):
+    noise = np.zeros((8, 2), np.float32)
+    prompt = observation.pop("prompt")
+    expected = Policy.load(run[0]).infer({**observation, "prompt": prompt}, noise=noise)["actions"]
+    named = Policy.load(run[0], default_prompt=prompt)
+    np.testing.assert_array_equal(named.infer(observation, noise=noise)["actions"], expected)
+
+
+def test_timings_and_metadata(policy, observation):
+    timing = policy.infer(observation)["policy_timing"]
+    assert timing["prepare_ms"] > 0 and timing["device_ms"] > 0
+    assert timing["prepare_ms"] + timing["device_ms"] < timing["infer_ms"]
+    assert policy.metadata | {"model": "pi0", "robot": "demo", "action_horizon": 8, "action_dim": 2} == policy.metadata
+    assert msgpack.unpackb(msgpack.packb(policy.metadata)) == policy.metadata
+
+
+def test_an_openpi_checkpoint_is_the_run_converted_from_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PI0FAST_TOKENIZER", str(DEMO_TOKENIZER))
+    run = tmp_path / "run"
+    lengths: dict[str, Any] = {"action_horizon": 10, "dtype": "float32"}
+    convert.convert_from_openpi(str(STEP), run, robot="libero", **lengths)
+    rng = np.random.default_rng(0)
+    images = {f"observation/{name}": rng.integers(0, 256, (128, 96, 3), np.uint8) for name in ("image", "wrist_image")}
+    observation = {**images, "observation/state": rng.standard_normal(8), "prompt": "lift the lid"}
+    options: dict[str, Any] = {"num_steps": 2, "seed": 1}
+    ours, theirs = Policy.load(run, **options), Policy.load(STEP, robot="libero", **lengths, **options)
+    actions = ours.infer(observation)["actions"]
+    assert actions.shape == (10, 7)
+    np.testing.assert_array_equal(actions, theirs.infer(observation)["actions"])
+    with pytest.raises(ValueError, match="which does not say which robot it is for; give robot"):
+        Policy.load(STEP)
 
 
 def test_a_missing_camera_is_masked(policy, observation):
