@@ -39,16 +39,6 @@ from pi0fast_kernels.prefix_lm_attention.cases import CASES as ATTENTION_CASES
 
 GPU = peers.on_gpu()
 
-# Memory bandwidth in bytes/s, by a part of `jax.Device.device_kind`, from NVIDIA's data sheets of these products.
-BANDWIDTH = {
-    "H200": 4.8e12,
-    "H100 80GB HBM3": 3.35e12,  # SXM
-    "A100-SXM4-80GB": 2.039e12,
-    "A100-SXM4-40GB": 1.555e12,
-    "L40S": 864e9,
-    "RTX 4090": 1008e9,
-}
-
 # Inputs rotate over this many bytes, several times the L2 cache of an H200 (60 MB), in at most so many sets.
 SPAN = 256 * 2**20 if GPU else 0
 MAX_SETS = 256
@@ -331,15 +321,13 @@ def _check(op: Op, case: Any, contender: Contender, results: Arrays) -> dict[str
 
 def _rates(case: Any, backward: bool, seconds: float) -> dict[str, float]:
     """Work and traffic per second; and the least time over this one, where the device's peaks are known."""
-    work, traffic, kind = case.flops(backward), case.bytes(backward), jax.devices()[0].device_kind
+    work, traffic = case.flops(backward), case.bytes(backward)
     rates = {
         "flops": work,
         "bytes": traffic,
         "tflops_per_s": work / seconds / 1e12,
         "gb_per_s": traffic / seconds / 1e9,
     }
-    peak = flops.peak(kind)
-    bandwidth = next((bandwidth for name, bandwidth in BANDWIDTH.items() if name in kind), None)
-    if peak and bandwidth:
-        rates["roofline"] = max(work / peak, traffic / bandwidth) / seconds
+    if device := flops.device(jax.devices()[0].device_kind):
+        rates["roofline"] = flops.Cost(work, traffic).floor_seconds(device) / seconds
     return rates

@@ -1,4 +1,4 @@
-"""Analytic floating-point operations of the model, and the peak of the device: MFU.
+"""Analytic floating-point operations and memory traffic of the model, and the peaks of devices: MFU and floors.
 
 Counts multiply-adds of matrix products as two operations, and nothing else. Attention is counted over whole rows, as
 the reference computes it; nothing is counted twice for rematerialisation.
@@ -8,20 +8,50 @@ from dataclasses import dataclass
 
 from pi0fast.config import Pi0Config, TransformerConfig
 
-# Dense bf16 peak in FLOP/s from the vendors' data sheets, by a part of `jax.Device.device_kind`.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v5": 459e12,
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-}
+BF16 = 2  # bytes
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """Peaks of one device. kind: a part of `jax.Device.device_kind`; flops: dense bf16 FLOP/s; bandwidth: bytes/s."""
+
+    kind: str
+    flops: float
+    bandwidth: float
+
+
+# From NVIDIA's data sheets of these products, and from Google Cloud's pages on each TPU
+# (https://docs.cloud.google.com/tpu/docs/v6e). The first entry that fits counts: some kinds are parts of others.
+DEVICES = (
+    DeviceSpec("H200", 989e12, 4.8e12),
+    DeviceSpec("H100 80GB HBM3", 989e12, 3.35e12),  # SXM
+    DeviceSpec("H100 PCIe", 756e12, 2.0e12),
+    DeviceSpec("A100-SXM4-80GB", 312e12, 2.039e12),
+    DeviceSpec("A100 80GB PCIe", 312e12, 1.935e12),
+    DeviceSpec("A100-SXM4-40GB", 312e12, 1.555e12),
+    DeviceSpec("L40S", 362e12, 864e9),
+    DeviceSpec("RTX 4090", 165e12, 1008e9),
+    DeviceSpec("v5 lite", 197e12, 800e9),
+    DeviceSpec("v5e", 197e12, 800e9),
+    DeviceSpec("v5p", 459e12, 2765e9),
+    DeviceSpec("v5", 459e12, 2765e9),
+    DeviceSpec("v6 lite", 918e12, 1600e9),
+    DeviceSpec("v6e", 918e12, 1600e9),
+)
+
+
+def device(kind: str) -> DeviceSpec | None:
+    """The peaks of a `jax.Device.device_kind`, or None if it is not in `DEVICES`."""
+    return next((spec for spec in DEVICES if spec.kind in kind), None)
+
+
+def peak(device_kind: str) -> float | None:
+    """Peak bf16 FLOP/s of one device, or None if it is not in `DEVICES`."""
+    spec = device(device_kind)
+    return None if spec is None else spec.flops
+
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -40,12 +70,11 @@ class ForwardFlops:
 def forward(config: Pi0Config, num_cameras: int, prompt_len: int) -> ForwardFlops:
     """FLOPs per example. prompt_len: prompt tokens computed, padding included."""
     image_tokens = num_cameras * config.tokens_per_image
-    prefix_len, suffix_len = image_tokens + prompt_len, config.suffix_len
-    return ForwardFlops(
-        siglip=_siglip(config, image_tokens),
-        prefix=_prefix(config.vlm, prefix_len),
-        suffix=_suffix(config, suffix_len, prefix_len),
-    )
+    prefix_len = image_tokens + prompt_len
+    suffix = _suffix(config, config.suffix_len, prefix_len + config.suffix_len)
+    if config.pi05:
+        suffix += 2.0 * _modulation_weights(config)
+    return ForwardFlops(siglip=_siglip(config, image_tokens), prefix=_prefix(config.vlm, prefix_len), suffix=suffix)
 
 
 def train_step(config: Pi0Config, num_cameras: int, prompt_len: int, batch_size: int) -> float:
@@ -53,20 +82,97 @@ def train_step(config: Pi0Config, num_cameras: int, prompt_len: int, batch_size:
     return 3 * batch_size * forward(config, num_cameras, prompt_len).total
 
 
-def peak(device_kind: str) -> float | None:
-    """Peak bf16 FLOP/s of one device, or None if it is not in `PEAK_FLOPS`."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_kind), None)
+# ── Inference ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs and bytes of memory traffic."""
+
+    flops: float
+    bytes: float
+
+    def floor_seconds(self, device: DeviceSpec) -> float:
+        """The least time that the device's peaks allow, arithmetic and traffic at once."""
+        return max(self.flops / device.flops, self.bytes / device.bandwidth)
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """One inference call by stage.
+
+    before_loop: what no step changes: Pi0's state token, or Pi0.5's time MLP and modulations of all steps.
+    step: one evaluation of the velocity.
+    """
+
+    vision: Cost
+    prefix: Cost
+    before_loop: Cost
+    step: Cost
+    num_steps: int
+
+    def floor_seconds(self, device: DeviceSpec) -> float:
+        """The least time that the device's peaks allow, one stage after the other."""
+        once = sum(stage.floor_seconds(device) for stage in (self.vision, self.prefix, self.before_loop))
+        return once + self.num_steps * self.step.floor_seconds(device)
+
+
+def inference(
+    config: Pi0Config, num_cameras: int, prompt_len: int, *, batch_size: int = 1, num_steps: int = 10
+) -> InferenceCost:
+    """FLOPs and bytes of one call. prompt_len: prompt tokens computed, padding included.
+
+    Bytes are the stage's bfloat16 weights, read once each time that it runs, and the prefix's keys and values, read by
+    every step; activations, the embedding's rows and the observation are not counted. num_steps: evaluations.
+    """
+    image_tokens, expert = num_cameras * config.tokens_per_image, config.action_expert
+    prefix_len = image_tokens + prompt_len
+    keys = prefix_len + config.suffix_len
+    layer_cache = 2 * prefix_len * expert.num_kv_heads * expert.head_dim
+
+    def cost(flops: float, weights: int, cached: int = 0) -> Cost:
+        return Cost(batch_size * flops, BF16 * (weights + batch_size * cached))
+
+    if config.pi05:
+        weights = _modulation_weights(config)
+        before_loop = Cost(2.0 * num_steps * weights, BF16 * weights)  # the time is that of the whole batch
+    else:
+        # A pass of its own, whose last layer gives keys and values only.
+        weights = config.action_dim * expert.width + _keys_values_weights(expert)
+        attention = (expert.depth - 1) * _attention(expert, prefix_len + 1)
+        before_loop = cost(2.0 * (weights + attention), weights, (expert.depth - 1) * layer_cache)
+    return InferenceCost(
+        vision=cost(_siglip(config, image_tokens), _siglip_weights(config) if num_cameras else 0),
+        prefix=cost(_prefix(config.vlm, prefix_len), _keys_values_weights(config.vlm)),
+        before_loop=before_loop,
+        step=cost(_suffix(config, config.action_horizon, keys), _suffix_weights(config), expert.depth * layer_cache),
+        num_steps=num_steps,
+    )
+
+
+# ── Parts: weights of matrix products, and FLOPs of `tokens` of one example ───────────────────────────────────────────
+
+
+def _siglip_weights(config: Pi0Config) -> int:
+    siglip = config.siglip
+    per_layer = 4 * siglip.width**2 + 2 * siglip.width * siglip.mlp_dim
+    patch = siglip.patch_size**2 * 3 * siglip.width
+    return siglip.depth * per_layer + patch + siglip.width * config.vlm.width
 
 
 def _siglip(config: Pi0Config, tokens: int) -> float:
-    siglip, per_image = config.siglip, config.tokens_per_image
-    per_layer = 4 * siglip.width**2 + 2 * siglip.width * siglip.mlp_dim + 2 * per_image * siglip.width
-    patch = siglip.patch_size**2 * 3 * siglip.width
-    return 2.0 * tokens * (siglip.depth * per_layer + patch + siglip.width * config.vlm.width)
+    attention = config.siglip.depth * 2 * config.tokens_per_image * config.siglip.width
+    return 2.0 * tokens * (_siglip_weights(config) + attention)
 
 
-def _projections(config: TransformerConfig) -> int:
-    return config.width * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+def _layer_weights(config: TransformerConfig) -> int:
+    projections = config.width * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    return projections + 3 * config.width * config.mlp_dim
+
+
+def _keys_values_weights(config: TransformerConfig) -> int:
+    """All that keys and values of every layer need: of the last layer, their own projections alone."""
+    return (config.depth - 1) * _layer_weights(config) + 2 * config.width * config.num_kv_heads * config.head_dim
 
 
 def _attention(config: TransformerConfig, keys: int) -> int:
@@ -74,17 +180,21 @@ def _attention(config: TransformerConfig, keys: int) -> int:
 
 
 def _prefix(config: TransformerConfig, tokens: int) -> float:
-    whole = _projections(config) + _attention(config, tokens) + 3 * config.width * config.mlp_dim
-    last = 2 * config.width * config.num_kv_heads * config.head_dim
-    return 2.0 * tokens * ((config.depth - 1) * whole + last)
+    return 2.0 * tokens * (_keys_values_weights(config) + (config.depth - 1) * _attention(config, tokens))
 
 
-def _suffix(config: Pi0Config, tokens: int, prefix_len: int) -> float:
+def _suffix_weights(config: Pi0Config) -> int:
     expert = config.action_expert
-    whole = _projections(expert) + _attention(expert, prefix_len + tokens) + 3 * expert.width * expert.mlp_dim
-    heads = 2 * config.action_dim * expert.width
-    if config.pi05:
-        modulation = 3 * expert.width**2
-        once = (2 * expert.depth + 1) * modulation + 2 * expert.width**2
-        return 2.0 * (tokens * (expert.depth * whole + heads) + once)
-    return 2.0 * tokens * (expert.depth * whole + heads + 3 * expert.width**2)
+    heads = 2 * config.action_dim * expert.width + (0 if config.pi05 else 3 * expert.width**2)
+    return expert.depth * _layer_weights(expert) + heads
+
+
+def _suffix(config: Pi0Config, tokens: int, keys: int) -> float:
+    expert = config.action_expert
+    return 2.0 * tokens * (_suffix_weights(config) + expert.depth * _attention(expert, keys))
+
+
+def _modulation_weights(config: Pi0Config) -> int:
+    """Pi0.5's time MLP, and the scale, shift and gate of every norm of the action expert."""
+    width, norms = config.action_expert.width, 2 * config.action_expert.depth + 1
+    return norms * 3 * width**2 + 2 * width**2
