@@ -165,9 +165,9 @@ def _transformer(
     # Nothing saved but the carry: openpi's `nothing_saveable`.
     body = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
     tokens = {expert: x.astype(config.dtype) for expert, x in tokens.items()}
-    tokens, cache = lax.scan(body, tokens, (_below(params, f"{LLM}/layers"), cache))
+    tokens, keys_values = lax.scan(body, tokens, (_below(params, f"{LLM}/layers"), cache))
     final = _below(params, LLM)
-    return {expert: _rms_norm(final, f"final_norm{expert}", x, cond)[0] for expert, x in tokens.items()}, cache
+    return {expert: _rms_norm(final, f"final_norm{expert}", x, cond)[0] for expert, x in tokens.items()}, keys_values
 
 
 def _layer(weights: Params, tokens: Tokens, positions: Array, mask: Array, cond: Array | None, cached):
