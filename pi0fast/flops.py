@@ -71,10 +71,11 @@ def forward(config: Pi0Config, num_cameras: int, prompt_len: int) -> ForwardFlop
     """FLOPs per example. prompt_len: prompt tokens computed, padding included."""
     image_tokens = num_cameras * config.tokens_per_image
     prefix_len = image_tokens + prompt_len
-    suffix = _suffix(config, config.suffix_len, prefix_len + config.suffix_len)
-    if config.pi05:
-        suffix += 2.0 * _modulation_weights(config)
-    return ForwardFlops(siglip=_siglip(config, image_tokens), prefix=_prefix(config.vlm, prefix_len), suffix=suffix)
+    return ForwardFlops(
+        siglip=_siglip(config, image_tokens),
+        prefix=_prefix(config.vlm, prefix_len),
+        suffix=_suffix(config, config.suffix_len, prefix_len),
+    )
 
 
 def train_step(config: Pi0Config, num_cameras: int, prompt_len: int, batch_size: int) -> float:
@@ -99,54 +100,54 @@ class Cost:
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """One inference call by stage.
+    """One inference call by stage. state: Pi0's state token, once; step: one evaluation of the velocity.
 
-    before_loop: what no step changes: Pi0's state token, or Pi0.5's time MLP and modulations of all steps.
-    step: one evaluation of the velocity.
+    What depends on time only is computed once per sampler, not once per call, and is no part of it.
     """
 
     vision: Cost
     prefix: Cost
-    before_loop: Cost
+    state: Cost
     step: Cost
-    num_steps: int
+    evaluations: int
 
     def floor_seconds(self, device: DeviceSpec) -> float:
         """The least time that the device's peaks allow, one stage after the other."""
-        once = sum(stage.floor_seconds(device) for stage in (self.vision, self.prefix, self.before_loop))
-        return once + self.num_steps * self.step.floor_seconds(device)
+        once = sum(stage.floor_seconds(device) for stage in (self.vision, self.prefix, self.state))
+        return once + self.evaluations * self.step.floor_seconds(device)
 
 
 def inference(
-    config: Pi0Config, num_cameras: int, prompt_len: int, *, batch_size: int = 1, num_steps: int = 10
+    config: Pi0Config, num_cameras: int, prompt_len: int, *, batch_size: int = 1, evaluations: int = 10
 ) -> InferenceCost:
     """FLOPs and bytes of one call. prompt_len: prompt tokens computed, padding included.
 
-    Bytes are the stage's bfloat16 weights, read once each time that it runs, and the prefix's keys and values, read by
-    every step; activations, the embedding's rows and the observation are not counted. num_steps: evaluations.
+    Bytes are the stage's weights in bfloat16, read once each time that it runs, and in every evaluation the prefix's
+    keys and values and Pi0.5's modulations. Activations, the prompt's embeddings and the observation are not counted.
     """
     image_tokens, expert = num_cameras * config.tokens_per_image, config.action_expert
     prefix_len = image_tokens + prompt_len
-    keys = prefix_len + config.suffix_len
     layer_cache = 2 * prefix_len * expert.num_kv_heads * expert.head_dim
 
     def cost(flops: float, weights: int, cached: int = 0) -> Cost:
         return Cost(batch_size * flops, BF16 * (weights + batch_size * cached))
 
-    if config.pi05:
-        weights = _modulation_weights(config)
-        before_loop = Cost(2.0 * num_steps * weights, BF16 * weights)  # the time is that of the whole batch
-    else:
-        # A pass of its own, whose last layer gives keys and values only.
-        weights = config.action_dim * expert.width + _keys_values_weights(expert)
+    state, modulations = Cost(0.0, 0.0), _num_norms(config) * 3 * expert.width
+    if not config.pi05:
+        weights, modulations = config.action_dim * expert.width + _keys_values_weights(expert), 0
         attention = (expert.depth - 1) * _attention(expert, prefix_len + 1)
-        before_loop = cost(2.0 * (weights + attention), weights, (expert.depth - 1) * layer_cache)
+        state = cost(2.0 * (weights + attention), weights, (expert.depth - 1) * layer_cache)
+    # Of Pi0's first layer over action and time, the time's part is computed before.
+    weights = expert.depth * _layer_weights(expert) + 2 * config.action_dim * expert.width
+    weights += 0 if config.pi05 else 2 * expert.width**2
+    attention = expert.depth * _attention(expert, prefix_len + config.suffix_len)
+    step = cost(2.0 * config.action_horizon * (weights + attention), weights, expert.depth * layer_cache)
     return InferenceCost(
         vision=cost(_siglip(config, image_tokens), _siglip_weights(config) if num_cameras else 0),
         prefix=cost(_prefix(config.vlm, prefix_len), _keys_values_weights(config.vlm)),
-        before_loop=before_loop,
-        step=cost(_suffix(config, config.action_horizon, keys), _suffix_weights(config), expert.depth * layer_cache),
-        num_steps=num_steps,
+        state=state,
+        step=Cost(step.flops, step.bytes + BF16 * modulations),
+        evaluations=evaluations,
     )
 
 
@@ -183,18 +184,16 @@ def _prefix(config: TransformerConfig, tokens: int) -> float:
     return 2.0 * tokens * (_keys_values_weights(config) + (config.depth - 1) * _attention(config, tokens))
 
 
-def _suffix_weights(config: Pi0Config) -> int:
+def _num_norms(config: Pi0Config) -> int:
+    """Norms of the action expert."""
+    return 2 * config.action_expert.depth + 1
+
+
+def _suffix(config: Pi0Config, tokens: int, prefix_len: int) -> float:
     expert = config.action_expert
-    heads = 2 * config.action_dim * expert.width + (0 if config.pi05 else 3 * expert.width**2)
-    return expert.depth * _layer_weights(expert) + heads
-
-
-def _suffix(config: Pi0Config, tokens: int, keys: int) -> float:
-    expert = config.action_expert
-    return 2.0 * tokens * (_suffix_weights(config) + expert.depth * _attention(expert, keys))
-
-
-def _modulation_weights(config: Pi0Config) -> int:
-    """Pi0.5's time MLP, and the scale, shift and gate of every norm of the action expert."""
-    width, norms = config.action_expert.width, 2 * config.action_expert.depth + 1
-    return norms * 3 * width**2 + 2 * width**2
+    whole = _layer_weights(expert) + _attention(expert, prefix_len + tokens)
+    heads = 2 * config.action_dim * expert.width
+    if config.pi05:
+        once = (_num_norms(config) * 3 + 2) * expert.width**2
+        return 2.0 * (tokens * (expert.depth * whole + heads) + once)
+    return 2.0 * tokens * (expert.depth * whole + heads + 3 * expert.width**2)
