@@ -7,8 +7,6 @@ model is given our embedding. With its own, velocities differ by up to 1.2e-5, s
 
 import dataclasses
 import importlib
-from types import ModuleType
-from typing import Any
 from unittest import mock
 
 import jax
@@ -21,7 +19,8 @@ from flax import nnx
 from pi0fast import Observation, Pi0, convert, flow
 from pi0fast.config import BASE_CAMERAS, Pi0Config, SiglipConfig, TransformerConfig
 from pi0fast.sampling import sample_actions
-from tests import lerobot_weights
+from tests import lerobot_model, lerobot_weights
+from tests.lerobot_model import to_torch
 
 TOLERANCE = 5e-6
 FAULT = 1e-2  # the least that a planted fault changes
@@ -70,26 +69,19 @@ class Case:
 
 @pytest.fixture(params=CONFIGS, scope="module")
 def case(request) -> Case:
-    name, config = request.param, CONFIGS[request.param]
-    modeling = importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
-    model = build_lerobot(modeling, name.upper(), config)
+    config = CONFIGS[request.param]
+    model = lerobot_model.build(config)
     observation, actions, noise, t = draw_inputs(config)
-
-    prefix = (
-        [to_torch(observation.images[camera]).permute(0, 3, 1, 2) for camera in BASE_CAMERAS],
-        [to_torch(observation.image_masks[camera]) for camera in BASE_CAMERAS],
-        to_torch(observation.tokenized_prompt),
-        to_torch(observation.tokenized_prompt_mask),
-    )
-    state = () if config.pi05 else (to_torch(observation.state),)
+    arguments = lerobot_model.arguments(config, observation)
     velocities = []
     model.action_out_proj.register_forward_hook(lambda _module, _args, out: velocities.append(out.detach().numpy()))
+    modeling = lerobot_model.modeling(config)
     with mock.patch.object(modeling, "create_sinusoidal_pos_embedding", our_time_embedding):
-        loss = model.forward(*prefix, *state, to_torch(actions), to_torch(noise), to_torch(t))
+        loss = model.forward(*arguments, *map(to_torch, (actions, noise, t)))
         loss.mean().backward()
-        samples = model.sample_actions(*prefix, *state, noise=to_torch(noise))
+        samples = model.sample_actions(*arguments, noise=to_torch(noise))
 
-    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    weights = lerobot_model.weights(model)
     grads = {name: np.zeros_like(weight) for name, weight in weights.items()}
     grads |= {name: weight.grad.numpy() for name, weight in model.named_parameters() if weight.grad is not None}
     return Case(
@@ -104,43 +96,6 @@ def case(request) -> Case:
         grads=lerobot_weights.to_openpi(grads, config),
         samples=samples.numpy(),
     )
-
-
-def build_lerobot(modeling: ModuleType, prefix: str, sizes: Pi0Config) -> Any:
-    """lerobot's model in sizes that its own configuration has no fields for, with no weight left at zero."""
-    real = modeling.PaliGemmaForConditionalGenerationWithPiGemma
-
-    def paligemma(config):
-        config.text_config.vocab_size = sizes.vocab_size
-        config.vision_config.hidden_size = sizes.siglip.width
-        config.vision_config.num_hidden_layers = sizes.siglip.depth
-        config.vision_config.intermediate_size = sizes.siglip.mlp_dim
-        config.vision_config.num_attention_heads = sizes.siglip.num_heads
-        config.vision_config.patch_size = sizes.siglip.patch_size
-        config.vision_config.projection_dim = sizes.vlm.width
-        return real(config)
-
-    experts = {"gemma_2b": sizes.vlm, "gemma_300m": sizes.action_expert}
-    config = getattr(modeling, f"{prefix}Config")(
-        dtype="float32",
-        device="cpu",
-        max_action_dim=sizes.action_dim,
-        max_state_dim=sizes.action_dim,
-        chunk_size=sizes.action_horizon,
-        n_action_steps=sizes.action_horizon,
-        image_resolution=(sizes.image_size, sizes.image_size),
-    )
-    with (
-        torch.random.fork_rng(),
-        mock.patch.object(modeling, "get_gemma_config", experts.__getitem__),
-        mock.patch.object(modeling, real.__name__, paligemma),
-    ):
-        torch.manual_seed(0)
-        model = getattr(modeling, f"{prefix}Pytorch")(config)
-        for weight in model.parameters():
-            std = 0.1 if weight.ndim < 2 else 0.7 * weight[0].numel() ** -0.5
-            weight.data += std * torch.randn_like(weight)
-    return model
 
 
 def draw_inputs(config: Pi0Config) -> tuple[Observation, jax.Array, jax.Array, jax.Array]:
@@ -161,10 +116,6 @@ def draw_inputs(config: Pi0Config) -> tuple[Observation, jax.Array, jax.Array, j
     )
     actions, noise = (normal(config.action_horizon, config.action_dim) for _ in range(2))
     return observation, actions, noise, jnp.array([0.9, 0.35, 0.02])
-
-
-def to_torch(array: jax.Array) -> torch.Tensor:
-    return torch.tensor(np.asarray(array))
 
 
 def our_time_embedding(t: torch.Tensor, width: int, **_) -> torch.Tensor:
