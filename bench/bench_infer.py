@@ -1,0 +1,233 @@
+"""Inference, end to end and by stage, beside the openpi-style baseline and lerobot's policy: seconds per call, warm.
+
+On an accelerator the released sizes in bfloat16: one, two and three cameras, and batches; elsewhere the tiny presets,
+to see that the benchmarks themselves work. `-rs` lists why a peer was left out; `-k "policy and pi0_base"` selects.
+
+    pytest bench/bench_infer.py --benchmark-only --benchmark-json=infer.json
+
+Prompts are of some 12 tokens (Pi0) or 60 (Pi0.5, with the state); pi0fast pads them to their bucket. Every time is one
+call's, from its dispatch until its result is there. Attributes in `extra_info`: the sizes; p50, p95 and p99 of the
+rounds; and where the device's peaks are known, `floor` (`pi0fast.flops.inference`), and which fraction of the median
+that is. The peers' floor is ours: the least time of what has to be computed.
+
+Stages: *transforms* of one observation on the host, the *vision* encoder, the *prefix* (embedded tokens to keys and
+values), and a *step*: a tenth of what ten steps more take. For a step the percentiles and the fraction are a step's,
+while the rounds are of the whole call.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from bench import inference
+from bench.inference import Workload
+from pi0fast import Observation, Pi0, config, convert, flops
+from pi0fast.execution import Execution
+from pi0fast.layout import PrefixLayout
+from pi0fast.policy import Policy, Request
+from pi0fast.sampling import Sampler
+
+ACCELERATOR = jax.default_backend() != "cpu"
+ROUNDS, WARMUP = (100, 3) if ACCELERATOR else (5, 1)
+NUM_STEPS = 10
+IMAGE_SHAPE = (480, 640)
+
+
+@dataclass(frozen=True)
+class Case:
+    preset: str
+    num_cameras: int
+    batch: int
+
+    @property
+    def size(self) -> config.Pi0Config:
+        return config.PRESETS[self.preset]()
+
+    def workload(self) -> Workload:
+        tokens = min(60 if self.size.pi05 else 12, self.size.max_token_len)
+        return Workload(self.size, self.num_cameras, tokens, IMAGE_SHAPE)
+
+
+if ACCELERATOR:
+    SIZES = [(1, 1), (2, 1), (3, 1), (3, 8), (3, 32)]
+    CASES = [Case(preset, *size) for preset in ("pi0_base", "pi05_base") for size in SIZES]
+else:
+    CASES = [Case("pi0_tiny", 1, 1), Case("pi05_tiny", 2, 2)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.preset}-{case.num_cameras}cameras-b{case.batch}")
+def case(request) -> Case:
+    """Of a module, so that pytest runs all benchmarks of a case before the next."""
+    return request.param
+
+
+# Made once for the tests that follow each other; one at a time, since released models fill a GPU.
+
+
+@functools.lru_cache(maxsize=1)
+def params_of(preset: str) -> inference.Params:
+    return inference.draw_params(config.PRESETS[preset]())
+
+
+@functools.lru_cache(maxsize=1)
+def model_of(preset: str) -> Pi0:
+    return convert.from_openpi(params_of(preset), config.PRESETS[preset]())
+
+
+@functools.lru_cache(maxsize=1)
+def lerobot_of(preset: str) -> Any:
+    from tests import lerobot_model
+
+    return lerobot_model.build(config.PRESETS[preset]())
+
+
+@functools.lru_cache(maxsize=1)
+def policy_of(case: Case) -> Policy:
+    return inference.make_policy(model_of(case.preset), case.workload(), case.batch, NUM_STEPS)
+
+
+def requests_of(case: Case) -> list[Request]:
+    policy, observation = policy_of(case), case.workload().observation()
+    return [policy.prepare(observation)] * case.batch
+
+
+def prompt_len(case: Case) -> int:
+    """Prompt tokens that the policy computes."""
+    (request, *_) = requests_of(case)
+    return next(bucket for bucket in policy_of(case).prompt_buckets if bucket >= request.prompt_len)
+
+
+def measure(
+    benchmark,
+    case: Case,
+    run: Callable[[], Any],
+    stage: str | None = "call",
+    *,
+    contender: str = "pi0fast",
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Time `run`. stage: a field of `InferenceCost`, `call`, or None for what has no floor. before: each round."""
+    benchmark.group = f"inference {case.preset} cameras={case.num_cameras} batch={case.batch} {stage or 'transforms'}"
+    benchmark.extra_info.update(
+        preset=case.preset, num_cameras=case.num_cameras, batch=case.batch, stage=stage, contender=contender
+    )
+    benchmark.extra_info.update(prompt_len=prompt_len(case), num_steps=NUM_STEPS, dtype=case.size.dtype)
+    benchmark.pedantic(run, setup=before, rounds=ROUNDS, warmup_rounds=WARMUP)
+    if benchmark.enabled:
+        report(benchmark, case, stage, benchmark.stats.stats.data)
+
+
+def report(benchmark, case: Case, stage: str | None, seconds: Sequence[float] | np.ndarray) -> None:
+    """Percentiles, and the median's distance from the floor."""
+    percentiles = {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 99)}
+    benchmark.extra_info.update(percentiles)
+    device = flops.device(jax.devices()[0].device_kind)
+    if stage is None or device is None:
+        return
+    cost = flops.inference(case.size, case.num_cameras, prompt_len(case), batch_size=case.batch, evaluations=NUM_STEPS)
+    floor = (cost if stage == "call" else getattr(cost, stage)).floor_seconds(device)
+    benchmark.extra_info.update(floor=floor, fraction_of_floor=floor / percentiles["p50"])
+
+
+# ── End to end ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_policy(benchmark, case):
+    """Observations in, the robot's actions out, host transforms included."""
+    policy, observation = policy_of(case), case.workload().observation()
+    if case.batch == 1:
+        measure(benchmark, case, lambda: policy.infer(observation))
+    else:
+        measure(benchmark, case, lambda: policy.infer_batch([observation] * case.batch))
+
+
+def test_run(benchmark, case):
+    """The same after the host transforms: what the peers below are given."""
+    run = inference.ours(policy_of(case), requests_of(case), case.workload().noise(case.batch))
+    measure(benchmark, case, run)
+
+
+def test_openpi_style(benchmark, case):
+    """Float32 results must be ours; in bfloat16 the difference is noted."""
+    noise = case.workload().noise(case.batch)
+    run = inference.baseline(params_of(case.preset), case.size, requests_of(case), noise, NUM_STEPS)
+    error = inference.relative_error(run(), inference.ours(policy_of(case), requests_of(case), noise)())
+    assert case.size.dtype != "float32" or error < inference.TOLERANCE
+    benchmark.extra_info["relative_error"] = error
+    measure(benchmark, case, run, contender="openpi_style")
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch and lerobot deprecate is not ours to mend
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_lerobot(benchmark, case, compiled):
+    if reason := inference.lerobot_refusal(case.size, compiled):
+        pytest.skip(reason)
+    requests, noise = requests_of(case), case.workload().noise(case.batch)
+    run = inference.lerobot(lerobot_of(case.preset), case.size, requests, noise, NUM_STEPS, compiled)
+    measure(benchmark, case, run, contender=f"lerobot_{'compiled' if compiled else 'eager'}")
+
+
+# ── Stages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sampler_and_inputs(case: Case, num_steps: int) -> tuple[Sampler, Observation, jax.Array]:
+    """The sampler, and the inputs of the policy's call, on the device."""
+    length, requests = prompt_len(case), requests_of(case)
+    inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in requests))
+    inputs |= {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
+    sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model_of(case.preset), num_steps, "euler")
+    return sampler, *jax.device_put((Observation(**inputs), case.workload().noise(case.batch)))
+
+
+def embed(sampler: Sampler, observation: Observation) -> tuple[jax.Array, jax.Array]:
+    return nnx.merge(sampler.graphdef, sampler.weights).embed_prefix(observation, Execution())
+
+
+def keys_values(sampler: Sampler, tokens: jax.Array, valid: jax.Array) -> Any:
+    model, execution = nnx.merge(sampler.graphdef, sampler.weights), Execution()
+    size = model.config
+    layout = PrefixLayout.build(valid, action_horizon=size.action_horizon, has_state=not size.pi05)
+    return model.vlm(layout.order_tokens(tokens), layout, execution)
+
+
+def test_transforms(benchmark, case):
+    policy, observation = policy_of(case), case.workload().observation()
+    measure(benchmark, case, lambda: policy.prepare(observation), None)
+
+
+def test_vision(benchmark, case):
+    sampler, observation, _ = sampler_and_inputs(case, 1)
+    run = jax.jit(embed)
+    measure(benchmark, case, lambda: jax.block_until_ready(run(sampler, observation)), "vision")
+
+
+def test_prefix(benchmark, case):
+    sampler, observation, _ = sampler_and_inputs(case, 1)
+    tokens, valid = jax.jit(embed)(sampler, observation)
+    run = jax.jit(keys_values)
+    measure(benchmark, case, lambda: jax.block_until_ready(run(sampler, tokens, valid)), "prefix")
+
+
+def test_step(benchmark, case):
+    """Calls with one step and with eleven, in turn; the percentiles are of a tenth of their difference."""
+    run = jax.jit(lambda sampler, observation, noise: sampler(observation, noise))
+    few, observation, noise = sampler_and_inputs(case, 1)
+    many, _, _ = sampler_and_inputs(case, 1 + NUM_STEPS)
+    with_few = []
+
+    def call(sampler: Sampler) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(sampler, observation, noise))
+        return time.perf_counter() - start
+
+    measure(benchmark, case, lambda: call(many), "step", before=lambda: with_few.append(call(few)))
+    if benchmark.enabled:
+        more = np.subtract(benchmark.stats.stats.data, with_few[-ROUNDS:])
+        report(benchmark, case, "step", more / NUM_STEPS)
