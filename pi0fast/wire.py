@@ -6,7 +6,7 @@ than a small multiple of the message, and raises ValueError on anything but maps
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
@@ -18,6 +18,7 @@ DTYPES = {
 MAX_DEPTH = 8
 MAX_ITEMS = 16_384  # of all lists and maps together
 MAX_LENGTH = 4_096  # of one list or map
+MAX_TEXT = 2**16  # bytes
 MAX_DIMS = 8
 MAX_SIDE = 2**31
 
@@ -32,7 +33,7 @@ def encode(message: Any) -> bytes:
         ValueError: an array's dtype is not one of `DTYPES`.
         TypeError: msgpack knows no such value.
     """
-    return msgpack.packb(message, default=_pack)
+    return cast(bytes, msgpack.packb(message, default=_pack))
 
 
 def decode(data: bytes) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def decode(data: bytes) -> dict[str, Any]:
             list_hook=make_list,
             max_array_len=MAX_LENGTH,
             max_map_len=MAX_LENGTH,
+            max_str_len=MAX_TEXT,
             max_ext_len=0,
         )
     except msgpack.StackError as error:
