@@ -51,7 +51,7 @@ def test_openpis_client_gets_metadata_and_replies(doubler):
         assert robot.get_server_metadata() == {"robot": "doubler"}
         first, second = (robot.infer({"x": np.arange(3, dtype=np.float32)}) for _ in range(2))
         assert first.keys() == {"actions", "server_timing"}
-        np.testing.assert_array_equal(first["actions"], np.float32([0, 2, 4]))
+        np.testing.assert_array_equal(first["actions"], np.array([0, 2, 4], np.float32))
         assert first["server_timing"].keys() == {"infer_ms"}
         assert second["server_timing"].keys() == {"infer_ms", "prev_total_ms"}
         assert second["server_timing"]["prev_total_ms"] >= first["server_timing"]["infer_ms"] > 0
