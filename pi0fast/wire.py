@@ -18,7 +18,7 @@ DTYPES = {
 MAX_DEPTH = 8
 MAX_ITEMS = 16_384  # of all lists and maps together
 MAX_LENGTH = 4_096  # of one list or map
-MAX_TEXT = 2**16  # bytes
+MAX_TEXT = 4_096  # bytes
 MAX_DIMS = 8
 MAX_SIDE = 2**31
 

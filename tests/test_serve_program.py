@@ -72,6 +72,22 @@ def test_a_key_from_the_environment_and_a_drain_by_sigterm(run):
         assert program.process.wait(60) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(run, number):
+    with Program("--checkpoint", run, env=ENV) as program, raw_client(program.port):  # it answers no farewell
+        program.process.send_signal(signal.SIGTERM)
+        assert program.lines.readline().startswith("Answering what is queued")
+        program.process.send_signal(number)
+        assert program.process.wait(60) == -number
+
+
+def test_a_port_in_use_is_an_error_before_anything_is_loaded(program):
+    command = [sys.executable, "-m", "pi0fast.serve", "--checkpoint=nowhere", f"--port={program.port}"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "Address already in use; choose another --host or --port" in refused.stderr
+
+
 @contextlib.contextmanager
 def load(port: int, clients: int, seconds: float) -> Iterator[list]:
     """Clients in a nice process of their own; their results are there at the end."""

@@ -110,7 +110,7 @@ def nested(depth):
         ({"a": msgpack.Timestamp(1)}, "ext"),
         ({"a": msgpack.ExtType(5, b"")}, "of type ExtType"),
         ({"a": [0] * 4097}, "4096"),
-        ({"a": "x" * 65_537}, "65536"),
+        ({"a": "x" * 4_097}, "max_str_len"),
         ({"a": [[0] * 4000] * 5}, "more than 16384 items"),
         ({"a": [[]] * 4000, "b": [[[]] * 1000] * 10}, "more than 16384 items"),
         (nested(8), "deeper than 8 levels"),
