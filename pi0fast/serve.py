@@ -337,11 +337,11 @@ async def _until_signalled(server: PolicyServer, sock: socket.socket, ready: Cal
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def drain() -> None:
-        print("Answering what is queued; a second signal stops at once", flush=True)
-        stop.set()
         for number in signals:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
+        print("Answering what is queued; a second signal stops at once", flush=True)
+        stop.set()
 
     for number in signals:
         loop.add_signal_handler(number, drain)

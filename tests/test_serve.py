@@ -309,18 +309,22 @@ def test_a_client_that_takes_no_reply_is_dropped(doubler, monkeypatch):
         deaf.close()
 
 
-def test_a_client_that_pings_and_never_reads_is_dropped(doubler, monkeypatch):
-    monkeypatch.setattr(serve, "SEND_SECONDS", 0.3)
-    ping = b"\x89\xfd" + bytes(4) + bytes(125)
+def test_a_client_that_pings_and_never_reads_is_not_read_either_and_dropped(doubler, monkeypatch):
+    monkeypatch.setattr(serve, "SEND_SECONDS", 3.0)
+    pings = (b"\x89\xfd" + bytes(4) + bytes(125)) * 1000
     with served(doubler) as server, client(server.port) as well_behaved:
         deaf = raw_client(server.port)
+        deaf.settimeout(1.0)
+        with pytest.raises(TimeoutError):
+            while True:
+                deaf.sendall(pings)
+        ask(well_behaved, 1)
+        assert reply(well_behaved)["actions"] == 2
         deaf.settimeout(60)
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             while True:
-                deaf.sendall(ping * 1000)
+                deaf.sendall(pings)
         deaf.close()
-        ask(well_behaved, 1)
-        assert reply(well_behaved)["actions"] == 2
 
 
 def test_stopping_answers_what_is_queued(shut):
