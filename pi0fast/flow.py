@@ -97,3 +97,32 @@ def time_embedding(t: Float[Array, " B"], width: int) -> Float[Array, "B width"]
     period = 4e-3 * (4.0 / 4e-3) ** fraction
     angle = t.astype(jnp.float32)[:, None] * (2 * jnp.pi / period)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def guided[State](
+    velocity: Callable[[Actions], tuple[Actions, State]],
+    x_t: Actions,
+    t: Float[Array, ""],
+    target: Actions,
+    weight: Float[Array, "B H"],
+    max_guidance: float | Float[Array, ""],
+) -> tuple[Actions, State]:
+    """The velocity at `x_t`, t in [0, 1], pulled so that sampling ends near `target` as `weight`, in [0, 1], says.
+
+    Real-time chunking (Black, Galliker & Levine 2025, https://arxiv.org/abs/2506.07339), where time is τ = 1 - t and
+    velocity u = -v. The actions that `x_t` points at are Â = x + (1-τ) u = x - t v. To u, ΠGDM adds
+    min(β, (1-τ) / (τ r²)) (∂Â/∂x)ᵀ W (target - Â) with r² = (1-τ)² / (τ² + (1-τ)²). So v loses it, and the factor is
+    (t² + (1-t)²) / (t (1-t)): infinite at both ends, 2 in the middle, clipped at β = `max_guidance`.
+
+    velocity: actions → velocity and anything else, which is passed on. One forward and one backward pass through it.
+    """
+
+    def predicted(x):
+        v, state = velocity(x)
+        return x - t * v, (v, state)
+
+    actions, pull, (v, state) = jax.vjp(predicted, x_t, has_aux=True)
+    (correction,) = pull(weight[..., None] * (target - actions))
+    tiny = jnp.finfo(jnp.float32).tiny
+    factor = jnp.minimum(max_guidance, (t**2 + (1 - t) ** 2) / jnp.maximum(t * (1 - t), tiny))
+    return v - factor * correction, state

@@ -55,6 +55,14 @@ class Conditions(NamedTuple):
     norm: Modulation | None
 
 
+class Guidance(NamedTuple):
+    """What the samples are pulled to (`flow.guided`): normalised actions, and how firmly each step, in [0, 1]."""
+
+    target: Float[Array, "B H A"]
+    weight: Float[Array, "B H"]
+    max_guidance: float | Float[Array, ""]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampler:
@@ -91,9 +99,14 @@ class Sampler:
         return Sampler(weights, conditions, graphdef, num_steps, solver)
 
     def __call__(
-        self, observation: Observation, noise: Float[Array, "B H A"], *, execution: Execution = Execution()
+        self,
+        observation: Observation,
+        noise: Float[Array, "B H A"],
+        guidance: Guidance | None = None,
+        *,
+        execution: Execution = Execution(),
     ) -> Float[Array, "B H A"]:
-        """Integrates from noise at t = 1 to actions at t = 0.
+        """Integrates from noise at t = 1 to actions at t = 0. Guided, each step runs the suffix backwards too.
 
         Raises:
             ValueError: an input whose shape does not fit the config.
@@ -118,7 +131,16 @@ class Sampler:
                 x = final_norm(x, at.norm or expert.norm.modulate(None), execution)
                 return head.action_out(x.astype(jnp.float32)), cache
 
-        return flow.integrate(velocity, noise, self.conditions, cache, num_steps=self.num_steps, solver=self.solver)
+        steps = {"num_steps": self.num_steps, "solver": self.solver}
+        if guidance is None:
+            return flow.integrate(velocity, noise, self.conditions, cache, **steps)
+
+        def guided(x_t, at, cache):
+            conditions, t = at
+            return flow.guided(lambda x: velocity(x, conditions, cache), x_t, t, *guidance)
+
+        times = jnp.asarray(flow.evaluation_times(self.num_steps, self.solver), jnp.float32)
+        return flow.integrate(guided, noise, (self.conditions, times), cache, **steps)
 
 
 def sample_actions(
