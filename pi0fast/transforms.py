@@ -144,14 +144,20 @@ class SampleTransform:
             "tokenized_prompt_mask": token_mask,
         }
         if "actions" in sample:
-            shape = (self.config.action_horizon, self.action_stats.dim)
-            actions = _checked(sample["actions"], "actions", shape)
-            actions = delta_actions(actions, raw_state, self.robot.delta_mask)
-            actions = self._normalized(actions, "actions", self.action_stats)
-            output["actions"] = pad_to_dim(actions, self.config.action_dim).astype(np.float32)
+            output["actions"] = self.model_actions(sample["actions"], raw_state, steps=self.config.action_horizon)
         if "action_is_pad" in sample:
             output["action_is_pad"] = np.asarray(sample["action_is_pad"], bool)
         return output
+
+    def model_actions(self, actions: Any, state: np.ndarray, *, steps: int, key: str = "actions") -> np.ndarray:
+        """The robot's absolute `actions [steps, d]`, with the raw `state [ds]`, → the model's float32 `[steps, A]`.
+
+        Raises ValueError, naming `key`, for another shape, and for values not finite or beyond `max_normalized`.
+        """
+        actions = _checked(actions, key, (steps, self.action_stats.dim))
+        actions = delta_actions(actions, state, self.robot.delta_mask)
+        actions = self._normalized(actions, key, self.action_stats)
+        return pad_to_dim(actions, self.config.action_dim).astype(np.float32)
 
     def invert_actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The model's `actions [..., H, A]` and the raw `state [..., d]` → the robot's actions float32 `[..., H, d]`.
