@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from pi0fast.observation import Observation
 from pi0fast.params import replace
 from pi0fast.pi0 import Pi0, check_kernels
 from pi0fast.robots import Robot, find_robot
-from pi0fast.sampling import Sampler, matmul_weights
+from pi0fast.rtc import DELAY, PREVIOUS_ACTIONS, RtcConfig, guidance
+from pi0fast.sampling import Guidance, Sampler, matmul_weights
 from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
 from pi0fast.transforms import SampleTransform
 
@@ -30,11 +31,13 @@ class Request:
     """One observation after the host transforms, without a batch axis.
 
     inputs: the fields of `Observation`. state: as the robot gave it. prepare_ms: what the transforms took.
+    guidance: target [H, A] and weight [H], where the request has something left of the last chunk.
     """
 
     inputs: dict[str, Any]
     state: np.ndarray
     prepare_ms: float
+    guidance: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def prompt_len(self) -> int:
@@ -50,6 +53,7 @@ class Policy:
     num_steps, solver: from noise to actions. seed: of the noise; the same requests in the same order give the same
     actions, however they are batched. kernels: of attention and norms; `auto` takes the first that can run.
     batch_sizes: how many observations a call takes. default_prompt: for observations without one.
+    rtc: also compile the programs of real-time chunking, which run where an observation of the batch asks for it.
 
     Raises:
         ValueError: batch sizes below one, no step, an unknown solver, or kernels that cannot run here.
@@ -66,29 +70,36 @@ class Policy:
         kernels: Kernels = "auto",
         batch_sizes: Sequence[int] = (1,),
         default_prompt: str | None = None,
+        rtc: RtcConfig | None = None,
     ):
         execution = Execution(kernels=kernels)
         check_kernels(model.config, execution)
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch_sizes={tuple(batch_sizes)}: give at least one, each at least 1")
+        if rtc is not None:
+            rtc.check(model.config.action_horizon)
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
         self.prompt_buckets = prompt_buckets(model.config.max_token_len)
         self.num_steps, self.solver = num_steps, solver
         self._transform = transform
-        self._default_prompt = default_prompt
+        self._default_prompt, self._rtc = default_prompt, rtc
         self._seed, self._count = seed, 0
         self._keys = {_canonical(key): key for key in (*transform.robot.state, *transform.robot.cameras.values())}
         sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model, num_steps, solver)
         self._weights, structure = jax.tree.flatten(sampler)  # a plain list passes into a call without Python's help
 
-        def sample(weights, observation: Observation, noise):
-            return jax.tree.unflatten(structure, weights)(observation, noise, execution=execution)
+        def sample(weights, observation: Observation, noise, *guide):
+            guided = Guidance(guide[0], guide[1], rtc.max_guidance) if rtc and guide else None
+            return jax.tree.unflatten(structure, weights)(observation, noise, guided, execution=execution)
 
         jitted = jax.jit(sample, donate_argnames="noise")
         self._programs = {
-            (batch, length): jitted.lower(self._weights, *_abstract(model.config, transform, batch, length)).compile()
+            (batch, length, guided): jitted.lower(
+                self._weights, *_abstract(model.config, transform, batch, length, guided)
+            ).compile()
             for batch in self.batch_sizes
             for length in self.prompt_buckets
+            for guided in ([False] if rtc is None else [False, True])
         }
 
     @staticmethod
@@ -155,6 +166,7 @@ class Policy:
             "num_steps": self.num_steps,
             "solver": self.solver,
             "batch_sizes": list(self.batch_sizes),
+            "rtc": None if self._rtc is None else asdict(self._rtc),
         }
 
     def infer(self, observation: Mapping[str, Any], *, noise: np.ndarray | None = None) -> dict[str, Any]:
@@ -162,7 +174,8 @@ class Policy:
 
         observation: the robot's data-set keys or openpi's (`observation/image`; dicts may be nested): images uint8
             [height, width, 3] or [3, height, width], the state and its parts numbers, and `prompt`. A missing camera
-            counts as masked; other keys are ignored.
+            counts as masked; other keys are ignored. With real-time chunking also `rtc/previous_actions` [m, d], the
+            actions that are not executed yet, and `rtc/delay`, the steps until these replace them (`rtc.guidance`).
         noise: float32 [H, A] to start from, in place of the policy's own.
 
         `policy_timing`: `infer_ms`, the whole; of it `prepare_ms`, the host transforms, and `device_ms`, from the call
@@ -185,9 +198,17 @@ class Policy:
     def prepare(self, observation: Mapping[str, Any]) -> Request:
         """The host transforms of one observation. Raises: ValueError, as `infer`."""
         start = time.perf_counter()
-        sample = self._repack(observation)
-        inputs = self._transform(sample)
-        return Request(inputs, sample["state"], (time.perf_counter() - start) * 1e3)
+        values = _flat(observation)
+        sample = self._repack(values)
+        inputs, guide = self._transform(sample), None
+        if PREVIOUS_ACTIONS in values:
+            if self._rtc is None:
+                raise ValueError(
+                    f"{PREVIOUS_ACTIONS} was sent to a policy without real-time chunking; load it with rtc"
+                )
+            previous, delay = values[PREVIOUS_ACTIONS], values.get(DELAY)
+            guide = guidance(self._transform, previous, delay, sample["state"], self._rtc)
+        return Request(inputs, sample["state"], (time.perf_counter() - start) * 1e3, guide)
 
     def run(self, requests: Sequence[Request], *, noise: np.ndarray | None = None) -> list[dict[str, Any]]:
         """One compiled call for up to `batch_sizes[-1]` requests: `infer`'s reply for each.
@@ -211,9 +232,14 @@ class Policy:
         inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in filled))
         inputs |= {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
         noise = np.resize(np.asarray(noise, np.float32), (batch, *shape[1:]))  # a copy: the call may write into it
+        guides, guided = (), any(request.guidance is not None for request in requests)
+        if guided:
+            free = np.zeros(shape[1:], np.float32), np.zeros(shape[1], np.float32)
+            guides = map(np.stack, zip(*(request.guidance or free for request in filled), strict=True))
 
+        program = self._programs[batch, length, guided]
         called = time.perf_counter()
-        actions = np.asarray(self._programs[batch, length](self._weights, Observation(**inputs), noise))[:count]
+        actions = np.asarray(program(self._weights, Observation(**inputs), noise, *guides))[:count]
         fetched = time.perf_counter()
         actions = self._transform.invert_actions(actions, np.stack([request.state for request in requests]))
         run_ms = (time.perf_counter() - start) * 1e3
@@ -231,13 +257,9 @@ class Policy:
 
     def warmup(self) -> None:
         """Runs every program once, so that the first request waits for nothing."""
-        config = self._transform.config
-        for batch, length in self._programs:
-            observation, noise = _abstract(config, self._transform, batch, length)
-            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), observation)
-            jax.block_until_ready(
-                self._programs[batch, length](self._weights, zeros, np.zeros(noise.shape, noise.dtype))
-            )
+        for key, program in self._programs.items():
+            inputs = _abstract(self._transform.config, self._transform, *key)
+            jax.block_until_ready(program(self._weights, *jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)))
 
     def _draw(self, shape: tuple[int, ...]) -> np.ndarray:
         """Standard normal noise, a function of the seed and of how many requests came before."""
@@ -245,8 +267,8 @@ class Policy:
         return np.random.default_rng((self._seed, self._count)).standard_normal(shape, np.float32)
 
     def _repack(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The robot's or openpi's keys → the transform's."""
-        values = {self._keys.get(_canonical(key), key): (key, value) for key, value in _flat(observation).items()}
+        """The robot's or openpi's keys, not nested, → the transform's."""
+        values = {self._keys.get(_canonical(key), key): (key, value) for key, value in observation.items()}
         robot, prompt = self.robot, observation.get("prompt", self._default_prompt)
         missing = [key for key in robot.state if key not in values] + ["prompt"] * (prompt is None)
         if missing:
@@ -283,10 +305,8 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "pi0fast" / "programs"))
 
 
-def _abstract(
-    config: Pi0Config, transform: SampleTransform, batch: int, prompt_len: int
-) -> tuple[Observation, jax.ShapeDtypeStruct]:
-    """An observation of the robot's cameras, and noise."""
+def _abstract(config: Pi0Config, transform: SampleTransform, batch: int, prompt_len: int, guided: bool) -> tuple:
+    """A program's inputs: an observation of the robot's cameras, noise, and what guides it."""
 
     def array(*shape: int, dtype: Any = np.float32):
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
@@ -299,7 +319,8 @@ def _abstract(
         tokenized_prompt=array(prompt_len, dtype=np.int32),  # pyright: ignore[reportArgumentType]
         tokenized_prompt_mask=array(prompt_len, dtype=np.bool_),  # pyright: ignore[reportArgumentType]
     )
-    return observation, array(config.action_horizon, config.action_dim)
+    noise = array(config.action_horizon, config.action_dim)
+    return observation, noise, *([noise, array(config.action_horizon)] if guided else [])
 
 
 def _canonical(key: str) -> str:

@@ -60,7 +60,7 @@ def play(broker, ticks, latencies):
         before = broker._pending
         if arrivals and tick == arrivals[-1]:
             policy.gate.release()
-            assert not wait([before], timeout=30).not_done
+            assert before is not None and not wait([before], timeout=30).not_done
         actions.append(broker.step({"tick": tick}))
         if tick == 0:
             assert policy.asked.acquire(timeout=30)

@@ -9,8 +9,10 @@ import pytest
 from flax import nnx
 
 from pi0fast import Observation, Pi0, config, flow
+from pi0fast.data.demo import Simulator
 from pi0fast.normalize import NormStats
 from pi0fast.params import flatten, replace
+from pi0fast.policy import Policy
 from pi0fast.robots import DEMO
 from pi0fast.rtc import RtcConfig, guidance, prefix_weights
 from pi0fast.sampling import Guidance, Sampler
@@ -234,3 +236,73 @@ class TestLeftovers:
     def test_errors_name_the_key(self, transform, previous, delay, message):
         with pytest.raises(ValueError, match=message):
             guidance(transform, previous, delay, np.full(2, 0.5), RtcConfig())
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    model = Pi0(config.pi0_tiny(), rngs=nnx.Rngs(0))
+    return model, SampleTransform(model.config, DEMO, STATS, PromptTokenizer(DEMO_TOKENIZER, 8))
+
+
+@pytest.fixture(scope="module")
+def policy(untrained):
+    return Policy(*untrained, batch_sizes=(1, 3), rtc=RtcConfig(schedule="linear", max_guidance=4.0))
+
+
+@pytest.fixture
+def asking():
+    """An observation, and what is left of some chunk: six steps of a line."""
+    observation = Simulator(seed=5).reset()
+    left = observation["observation.state"] + np.linspace(0, 0.2, 6)[:, None]
+    return {**observation, "rtc/previous_actions": np.float32(left), "rtc/delay": 2}
+
+
+def test_actions_are_the_guided_samples_in_the_robots_units(untrained, policy, asking):
+    model, transform = untrained
+    cameras = {f"image.{camera}": asking[key] for camera, key in DEMO.cameras.items()}
+    state = asking["observation.state"]
+    inputs = transform({**cameras, "state": state, "prompt": asking["prompt"]})
+    batch = Observation(**jax.tree.map(lambda x: jnp.asarray(x)[None], inputs))
+    noise = RNG.standard_normal((8, 2)).astype(np.float32)
+    target = transform.model_actions(asking["rtc/previous_actions"], np.float64(state), steps=6)
+    target, weight = np.pad(target, [(0, 2), (0, 0)]), prefix_weights(8, 2, 2, "linear")
+    guide = Guidance(jnp.asarray(target)[None], jnp.asarray(weight)[None], 4.0)
+    expected = jax.jit(lambda s, o, n, g: s(o, n, g))(Sampler.of(model), batch, jnp.asarray(noise)[None], guide)
+    expected = transform.invert_actions(np.asarray(expected)[0], state)
+    actions = policy.infer(asking, noise=noise)["actions"]
+    np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-5)
+    nested = {key: value for key, value in asking.items() if not key.startswith("rtc/")}
+    nested["rtc"] = {"previous_actions": asking["rtc/previous_actions"].tolist(), "delay": 2}
+    np.testing.assert_array_equal(policy.infer(nested, noise=noise)["actions"], actions)
+
+
+def test_a_batch_mixes_those_with_and_without(policy, asking):
+    free = Simulator(seed=6).reset()
+    noise = RNG.standard_normal((3, 8, 2)).astype(np.float32)
+    observations = [asking, free, {**asking, "rtc/delay": 0}]
+    together = policy.run([policy.prepare(each) for each in observations], noise=noise)
+    for observation, one, reply in zip(observations, noise, together, strict=True):
+        alone = policy.infer(observation, noise=one)["actions"]
+        np.testing.assert_allclose(reply["actions"], alone, rtol=1e-5, atol=1e-5)
+    assert np.abs(together[0]["actions"] - together[2]["actions"]).max() > 1e-3
+
+
+def test_without_leftovers_it_is_the_plain_policy(untrained, policy, asking):
+    plain = Policy(*untrained)
+    noise = RNG.standard_normal((8, 2)).astype(np.float32)
+    free = {key: value for key, value in asking.items() if not key.startswith("rtc/")}
+    replies = [each.infer(free, noise=noise) for each in (plain, policy)]
+    np.testing.assert_array_equal(replies[0]["actions"], replies[1]["actions"])
+    assert plain.metadata["rtc"] is None
+    assert policy.metadata["rtc"] == {"delay": 0, "execute": 0, "schedule": "linear", "max_guidance": 4.0}
+    with pytest.raises(ValueError, match="rtc/previous_actions was sent to a policy without"):
+        plain.infer(asking)
+
+
+def test_errors_leave_the_policy_usable(untrained, policy, asking):
+    with pytest.raises(ValueError, match="rtc/previous_actions is not finite"):
+        policy.infer({**asking, "rtc/previous_actions": np.full((2, 2), np.nan)})
+    policy.warmup()
+    assert np.isfinite(policy.infer(asking)["actions"]).all()
+    with pytest.raises(ValueError, match="horizon 8"):
+        Policy(*untrained, rtc=RtcConfig(delay=6, execute=4))
