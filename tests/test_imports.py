@@ -87,6 +87,10 @@ def test_policy_never_imports_training(name):
     assert not {found for found in imports(path) if found.startswith(forbidden)}
 
 
+def test_the_clients_broker_needs_numpy_only():
+    assert not outside(PACKAGE / "broker.py", {"numpy"})
+
+
 def test_no_private_jax_and_lerobot_in_its_source_only():
     for path in [*files(PACKAGE), *files(KERNELS)]:
         found = imports(path)

@@ -1,14 +1,20 @@
 """Guided sampling against closed forms and an uncached loop; the weights by hand; leftovers in the model's terms."""
 
 import dataclasses
+import threading
+from concurrent.futures import wait
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from openpi_client import msgpack_numpy
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.sync.server import serve
 
 from pi0fast import Observation, Pi0, config, flow
+from pi0fast.broker import ActionBroker
 from pi0fast.data.demo import Simulator
 from pi0fast.normalize import NormStats
 from pi0fast.params import flatten, replace
@@ -306,3 +312,57 @@ def test_errors_leave_the_policy_usable(untrained, policy, asking):
     assert np.isfinite(policy.infer(asking)["actions"]).all()
     with pytest.raises(ValueError, match="horizon 8"):
         Policy(*untrained, rtc=RtcConfig(delay=6, execute=4))
+
+
+class Remote:
+    """The policy behind openpi-client's protocol; keeps the requests and the actions that it answered with."""
+
+    def __init__(self, policy):
+        self.policy, self.requests, self.chunks = policy, [], []
+        self.server = serve(self.answer, "127.0.0.1", 0, compression=None)
+        self.port = self.server.socket.getsockname()[1]
+        self.thread = threading.Thread(target=self.server.serve_forever)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.thread.join()
+
+    def answer(self, connection):
+        connection.send(msgpack_numpy.packb(self.policy.metadata))
+        for message in connection:
+            self.requests.append(msgpack_numpy.unpackb(message))
+            reply = self.policy.infer(self.requests[-1])
+            self.chunks.append(reply["actions"])
+            connection.send(msgpack_numpy.packb(reply))
+
+
+@pytest.mark.filterwarnings(r"ignore:connect\(\) must be used as a context manager:DeprecationWarning")  # the client's
+def test_the_broker_and_openpis_client_drive_a_robot(policy):
+    """Through a socket and threads; the robot waits in each tick, so that a chunk is late by one."""
+    simulator, executed, states = Simulator(seed=5), [], []
+    observation = simulator.reset()
+    with Remote(policy) as remote:
+        client = WebsocketClientPolicy("127.0.0.1", remote.port)
+        with ActionBroker(client, execute=3) as broker:
+            for _ in range(12):
+                if broker._pending is not None:
+                    assert not wait([broker._pending], timeout=60).not_done
+                states.append(observation["observation.state"])
+                executed.append(broker.step(observation))
+                observation, _, _ = simulator.step(executed[-1])
+            assert (broker.held, broker.delay) == (0, 1)
+        client._ws.close()
+    np.testing.assert_array_equal(
+        executed,
+        np.concatenate([remote.chunks[0][:4], *(chunk[1:4] for chunk in remote.chunks[1:3]), remote.chunks[3][1:3]]),
+    )
+    first, *others = remote.requests
+    assert "rtc/delay" not in first
+    for number, request in enumerate(others):
+        np.testing.assert_array_equal(request["observation.state"], states[3 * (number + 1)])
+        np.testing.assert_array_equal(request["rtc/previous_actions"], remote.chunks[number][3:])
+        assert request["rtc/delay"] == 1
