@@ -26,8 +26,8 @@ class RtcConfig:
     execute: steps at the end of the chunk that stay free, even if actions for them are left. By default the paper's:
         a client that has executed s actions has H - s left.
     schedule: of the steps between, see `prefix_weights`.
-    max_guidance: the paper's β, the bound of the guidance's factor. More follows the last chunk more closely, and is
-        unstable with few sampling steps.
+    max_guidance: the paper's β, the bound of the guidance's factor. More follows the last chunk more closely, and may
+        diverge with few sampling steps.
 
     Raises:
         ValueError: a value out of its range.
@@ -86,6 +86,8 @@ def guidance(
     transform: SampleTransform, previous_actions: Any, delay: Any, state: np.ndarray, config: RtcConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is left of the last chunk → target float32 `[H, A]` and weight float32 `[H]` of the next one.
+
+    Dimensions that pad the robot's are held at 0, as they are in training.
 
     previous_actions: `[m, d]` in the robot's units, absolute; row 0 is executed at the time of the observation.
     delay: steps until the next chunk takes over; None takes the config's. More than are left counts as all of them.
