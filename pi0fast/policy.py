@@ -19,6 +19,7 @@ from pi0fast.flow import Solver
 from pi0fast.observation import Observation
 from pi0fast.params import replace
 from pi0fast.pi0 import Pi0, check_kernels
+from pi0fast.repack import Repack, flatten_keys
 from pi0fast.robots import Robot, find_robot
 from pi0fast.rtc import DELAY, PREVIOUS_ACTIONS, RtcConfig, guidance
 from pi0fast.sampling import Guidance, Sampler, matmul_weights
@@ -82,9 +83,9 @@ class Policy:
         self.prompt_buckets = prompt_buckets(model.config.max_token_len)
         self.num_steps, self.solver = num_steps, solver
         self._transform = transform
-        self._default_prompt, self._rtc = default_prompt, rtc
+        self._rtc = rtc
+        self._repack = Repack(transform.robot, transform.state_stats.dim, default_prompt)
         self._seed, self._count = seed, 0
-        self._keys = {_canonical(key): key for key in (*transform.robot.state, *transform.robot.cameras.values())}
         sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model, num_steps, solver)
         self._weights, structure = jax.tree.flatten(sampler)  # a plain list passes into a call without Python's help
 
@@ -198,7 +199,7 @@ class Policy:
     def prepare(self, observation: Mapping[str, Any]) -> Request:
         """The host transforms of one observation. Raises: ValueError, as `infer`."""
         start = time.perf_counter()
-        values = _flat(observation)
+        values = flatten_keys(observation)
         sample = self._repack(values)
         inputs, guide = self._transform(sample), None
         if PREVIOUS_ACTIONS in values:
@@ -266,23 +267,6 @@ class Policy:
         self._count += 1
         return np.random.default_rng((self._seed, self._count)).standard_normal(shape, np.float32)
 
-    def _repack(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The robot's or openpi's keys, not nested, → the transform's."""
-        values = {self._keys.get(_canonical(key), key): (key, value) for key, value in observation.items()}
-        robot, prompt = self.robot, observation.get("prompt", self._default_prompt)
-        missing = [key for key in robot.state if key not in values] + ["prompt"] * (prompt is None)
-        if missing:
-            raise ValueError(f"the observation has no {missing}; it has {sorted(observation)}")
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {type(prompt).__name__}, expected a string")
-        parts = [_numbers(*values[key]) for key in robot.state]
-        expected = self._transform.state_stats.dim
-        if (found := sum(map(len, parts))) != expected:
-            keys = " and ".join(values[key][0] for key in robot.state)
-            raise ValueError(f"{keys}: {found} state dimensions, expected {expected}")
-        images = {f"image.{camera}": _image(*values[key]) for camera, key in robot.cameras.items() if key in values}
-        return {**images, "state": np.concatenate(parts), "prompt": prompt}
-
 
 def prompt_buckets(max_token_len: int) -> tuple[int, ...]:
     """Prompt lengths to compile for: quarters of the longest, rounded up to 16 tokens."""
@@ -321,39 +305,3 @@ def _abstract(config: Pi0Config, transform: SampleTransform, batch: int, prompt_
     )
     noise = array(config.action_horizon, config.action_dim)
     return observation, noise, *([noise, array(config.action_horizon)] if guided else [])
-
-
-def _canonical(key: str) -> str:
-    """`observation/images/top` → `images.top`: what data-set keys and openpi's keys have in common."""
-    return key.replace("/", ".").removeprefix("observation.")
-
-
-def _flat(observation: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts → one, keys joined by "/"."""
-    flat = {}
-    for key, value in observation.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _numbers(key: str, value: Any) -> np.ndarray:
-    """A number or a list of them, all finite."""
-    array = np.atleast_1d(np.asarray(value))
-    if array.dtype.kind not in "fiub" or array.ndim != 1:
-        raise ValueError(f"{key} is {array.dtype} {array.shape}, expected numbers [d]")
-    if not np.isfinite(array).all():
-        index = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise ValueError(f"{key} is not finite: {array[index]} at {index}")
-    return array
-
-
-def _image(key: str, value: Any) -> np.ndarray:
-    """uint8 `[height, width, 3]`; channels may come first."""
-    image = np.asarray(value)
-    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
-        image = np.moveaxis(image, 0, 2)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"{key} is {image.dtype} {image.shape}, expected uint8 [height, width, 3]; scale [0, 1] to 255"
-        )
-    return image

@@ -32,6 +32,7 @@ from pi0fast.batching import Batcher, BatchPolicy, Metrics, RequestError
 from pi0fast.execution import Kernels
 from pi0fast.flow import Solver
 from pi0fast.policy import Policy, keep_compiled_programs
+from pi0fast.rtc import RtcConfig
 
 logger = logging.getLogger(__name__)
 
@@ -286,6 +287,8 @@ def main(
     batch_sizes: tuple[int, ...] = (1, 4),
     default_prompt: str | None = None,
     kernels: Kernels = "auto",
+    rtc: bool = False,
+    guidance: RtcConfig = RtcConfig(),
     api_key_file: Path | None = None,
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
@@ -303,6 +306,8 @@ def main(
     batch_sizes: to compile for; requests that wait together run together, up to the last.
     default_prompt: for requests without one.
     kernels: of attention and norms: auto, reference or triton.
+    rtc: also compile for requests that carry what is left of the last chunk (real-time chunking).
+    guidance: of real-time chunking.
     api_key_file: holds the key that clients must give; without it, PI0FAST_API_KEY does.
     tls_cert, tls_key: PEM files, for wss:// in place of ws://.
     """
@@ -324,6 +329,7 @@ def main(
             batch_sizes=batch_sizes,
             default_prompt=default_prompt,
             kernels=kernels,
+            rtc=guidance if rtc else None,
         )
         policy.warmup()
         url = f"{'ws' if tls is None else 'wss'}://{f'[{address}]' if ':' in address else address}:{port}"

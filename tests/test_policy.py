@@ -82,6 +82,7 @@ def test_the_same_seed_gives_the_same_actions(run, observation):
         ({"observation.state": np.zeros(3, np.float32)}, "observation.state: 3 state dimensions, expected 2"),
         ({"observation.state": np.array([0, np.nan])}, "observation.state is not finite: nan at 1"),
         ({"observation.state": np.array(["a", "b"])}, r"observation.state is <U1 \(2,\), expected numbers"),
+        ({"observation.images.top": np.zeros((1, 5000, 3), np.uint8)}, "top is 1 x 5000 pixels; send at most 4096"),
         ({"observation.images.wrist": np.zeros((56, 56, 3))}, r"observation.images.wrist is float64 \(56, 56, 3\)"),
         ({"observation.images.top": np.zeros((56, 56), np.uint8)}, "observation.images.top is uint8"),
     ],
