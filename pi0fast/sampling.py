@@ -14,6 +14,7 @@ their keys and values into those places, in the loop's own buffers, and attends 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import batched
 from typing import Any, NamedTuple
 
 import jax
@@ -48,11 +49,21 @@ class FusedLayer(Layer):
 
 
 class Conditions(NamedTuple):
-    """What depends on time only, of one evaluation or, along leading axes, of many."""
+    """What depends on time only, of one evaluation or, along leading axes, of many.
+
+    modulations: of all of Pi0.5's norms, layer by layer, the final one last: scale, shift and gate. One array, so that
+        a step of the loop takes its own out with one copy.
+    """
 
     tokens: Float[Array, "*evaluations D"]
-    layers: list[Modulations] | None
-    norm: Modulation | None
+    modulations: Float[Array, "*evaluations norms 3 D"] | None
+
+    def by_layer(self) -> tuple[list[Modulations] | None, Modulation | None]:
+        """Of one evaluation: each layer's, and the final norm's."""
+        if self.modulations is None:
+            return None, None
+        *norms, final = (Modulation(*of_norm) for of_norm in self.modulations)
+        return [Modulations(*pair) for pair in batched(norms, 2)], final
 
 
 class Guidance(NamedTuple):
@@ -93,8 +104,12 @@ class Sampler:
         vlm.layers = nnx.List(FusedLayer(layer) for layer in _unstack(vlm.layers, dtype))
         vlm.last = _cast(vlm.last, dtype)
         expert.layers = nnx.List(FusedLayer(layer) for layer in _unstack(expert.layers, dtype))
+        head = model.head  # of the products with time, what is still needed
         if model.config.pi05:
-            del expert.norm
+            del expert.norm, head.time_in, head.time_out
+        else:
+            head.time_in.kernel = nnx.Param(head.time_in.kernel[: head.width])
+            del head.time_in.bias
         graphdef, weights = nnx.split(model)
         return Sampler(weights, conditions, graphdef, num_steps, solver)
 
@@ -127,8 +142,9 @@ class Sampler:
         def velocity(x_t, at: Conditions, cache):
             with jax.named_scope("suffix"):
                 tokens = head.actions(x_t, at.tokens[None])
-                x, cache = _attend(expert, tokens, at.layers, cache, places, execution)
-                x = final_norm(x, at.norm or expert.norm.modulate(None), execution)
+                modulations, final = at.by_layer()
+                x, cache = _attend(expert, tokens, modulations, cache, places, execution)
+                x = final_norm(x, final or expert.norm.modulate(None), execution)
                 return head.action_out(x.astype(jnp.float32)), cache
 
         steps = {"num_steps": self.num_steps, "solver": self.solver}
@@ -170,12 +186,8 @@ def _conditions(model: Pi0, num_steps: int, solver: Solver) -> Conditions:
     """One product for all evaluations, and one for all layers' norms of a kind."""
     times = flow.evaluation_times(num_steps, solver)
     tokens = model.head.condition(jnp.asarray(times.reshape(-1), jnp.float32))
-
-    def by_evaluation(tree):
-        return jax.tree.map(lambda x: x.reshape(*times.shape, x.shape[-1]), tree)
-
     if not model.config.pi05:
-        return Conditions(by_evaluation(tokens), None, None)
+        return Conditions(tokens.reshape(*times.shape, -1), None)
     expert = model.action_expert
     cond = tokens.astype(expert.dtype)
     graphdef, stacked = nnx.split(expert.layers)
@@ -184,9 +196,11 @@ def _conditions(model: Pi0, num_steps: int, solver: Solver) -> Conditions:
         layer: Any = nnx.merge(graphdef, cast(state, expert.dtype))
         return layer.modulate(cond)
 
-    layers = jax.vmap(modulate)(stacked)
-    each = [by_evaluation(jax.tree.map(lambda x, i=i: x[i], layers)) for i in range(model.config.action_expert.depth)]
-    return Conditions(by_evaluation(tokens), each, by_evaluation(_cast(expert.norm, expert.dtype).modulate(cond)))
+    of_layers = jnp.stack(jax.tree.leaves(jax.vmap(modulate)(stacked)), axis=2)  # depth, evaluation, norm and part, D
+    of_layers = jnp.moveaxis(of_layers, 0, 1).reshape(times.size, -1, 3, of_layers.shape[-1])
+    final = jnp.stack(_cast(expert.norm, expert.dtype).modulate(cond), axis=1)
+    modulations = jnp.concatenate([of_layers, final[:, None]], axis=1)
+    return Conditions(*(x.reshape(*times.shape, *x.shape[1:]) for x in (tokens, modulations)))
 
 
 def _attend(
