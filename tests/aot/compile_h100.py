@@ -9,30 +9,23 @@ import dataclasses
 import json
 import re
 import sys
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
 from pi0fast import config, fsdp, train
 from pi0fast import mesh as meshes
 from pi0fast.pi0 import Pi0, check_kernels
 from pi0fast.settings import DEFAULTS
+from tests.aot import h100
 
 BATCH = 32
-# XLA's description of the device: the shape of gpu_target_config.proto, with an H100 SXM's figures.
-H100 = Path(__file__).with_name("h100_sxm.txtpb")
 
 
 def main(kernels: str) -> None:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100.read_text(), topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices).reshape(1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 2)
+    mesh = h100.mesh()
     model_config = config.pi0_base()
     settings = dataclasses.replace(DEFAULTS["pi0_base"], batch_size=BATCH, kernels=kernels)
     with jax.set_mesh(mesh):
@@ -44,28 +37,22 @@ def main(kernels: str) -> None:
         state = train.TrainState(jnp.zeros((), jnp.int32), weights, None, settings.optim.optimizer().init(weights))
         return fsdp.place(state, mesh)
 
-    def place(tree, sharding):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
     state = jax.eval_shape(initial)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Pi0(model_config, rngs=nnx.Rngs(0))))
     frozen = nnx.State({})
     step: Any = train.make_step(graphdef, model_config, settings, mesh, state, frozen)
-    state = jax.tree.map(lambda sharding, tree: place(tree, sharding), fsdp.shardings(state, mesh), state)
-    batch = place(abstract_batch(model_config), meshes.batch_sharding(mesh))
+    state = jax.tree.map(lambda sharding, tree: h100.place(tree, sharding), fsdp.shardings(state, mesh), state)
+    batch = h100.place(abstract_batch(model_config), meshes.batch_sharding(mesh))
     compiled = step.lower(state, frozen, batch).compile()
     text = compiled.as_text()
     memory = compiled.memory_analysis()
-    calls = [line for line in text.splitlines() if 'custom_call_target="triton_kernel_call"' in line]
-    launched = Counter(re.findall(r'op_name="[^"]*/(\w+)/triton_kernel_call', "\n".join(calls)))
-    assert launched.total() == len(calls), "a kernel without its name"
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)}
     print(
         json.dumps(
             {
                 "temporary_bytes": memory.temp_size_in_bytes,
                 "argument_bytes": memory.argument_size_in_bytes,
-                "kernels": launched,
+                "kernels": h100.triton_kernels(text),
                 "shapes": sorted(shapes),
             }
         )
