@@ -105,7 +105,12 @@ class Pi0(nnx.Module):
 
     def prefix(self, observation: Observation, execution: Execution) -> tuple[KVCache | list[KVCache], PrefixLayout]:
         """Images and prompt → their keys and values in every layer, and the layout of the batch."""
-        tokens, valid = self.embed_prefix(observation, execution)
+        return self.attend_prefix(*self.embed_prefix(observation, execution), execution)
+
+    def attend_prefix(
+        self, tokens: Float[Array, "B P D"], valid: Bool[Array, "B P"], execution: Execution
+    ) -> tuple[KVCache | list[KVCache], PrefixLayout]:
+        """The part of `prefix` that follows `embed_prefix`."""
         layout = PrefixLayout.build(
             valid,
             action_horizon=self.config.action_horizon,

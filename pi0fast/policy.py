@@ -88,6 +88,7 @@ class Policy:
         self._seed, self._count = seed, 0
         sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model, num_steps, solver)
         self._weights, structure = jax.tree.flatten(sampler)  # a plain list passes into a call without Python's help
+        self._structure, self.execution = structure, execution
 
         def sample(weights, observation: Observation, noise, *guide):
             guided = Guidance(guide[0], guide[1], rtc.max_guidance) if rtc and guide else None
@@ -148,6 +149,15 @@ class Policy:
         dtypes = dict.fromkeys(matmul_weights(abstract), config.model.dtype)
         model = replace(abstract, checkpoint.load_arrays(step / "params", dtypes=dtypes))
         return Policy(model, transform, **options)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The model, as the compiled calls have it."""
+        return jax.tree.unflatten(self._structure, self._weights)
+
+    @property
+    def config(self) -> Pi0Config:
+        return self._transform.config
 
     @property
     def robot(self) -> Robot:

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from pi0fast import flow
 from pi0fast.execution import Execution, cast
 from pi0fast.flow import Solver
 from pi0fast.gemma import ActionExpert, KVCache, Layer, Modulation, Modulations, Places, attend_cached, final_norm
+from pi0fast.layout import PrefixLayout
 from pi0fast.observation import Observation
 from pi0fast.params import flatten
 from pi0fast.pi0 import Pi0, validate
@@ -126,18 +127,44 @@ class Sampler:
         Raises:
             ValueError: an input whose shape does not fit the config.
         """
-        model = nnx.merge(self.graphdef, self.weights)
+        model = self.model
         validate(model.config, observation, noise)
-        cache, layout = model.prefix(observation, execution)
+        tokens, valid = model.embed_prefix(observation, execution)
+        cache, layout = self.prefix(tokens, valid, observation.state, execution)
+        return self.steps(noise, cache, layout, execution, guidance)
+
+    @property
+    def model(self) -> Pi0:
+        """The modules: layers in lists, without what `conditions` stands for."""
+        return nnx.merge(self.graphdef, self.weights)
+
+    def prefix(
+        self, tokens: Float[Array, "B P D"], valid: Bool[Array, "B P"], state: Float[Array, "B A"], execution: Execution
+    ) -> tuple[list[KVCache], PrefixLayout]:
+        """Embedded prefix tokens, and Pi0's state → all keys and values that do not change from step to step."""
+        model = self.model
+        cache, layout = model.attend_prefix(tokens, valid, execution)
         assert isinstance(cache, list)
-        expert, head = model.action_expert, model.head
-        horizon = model.config.action_horizon
         if not model.config.pi05:
+            expert = model.action_expert
             with jax.named_scope("state"):
-                state = head.state_in(observation.state)[:, None]
-                places = Places.of(layout, expert.head_dim, first=horizon)
-                _, cache = _attend(expert, state, None, cache, places, execution)
-        places = Places.of(layout, expert.head_dim, end=horizon)
+                token = model.head.state_in(state)[:, None]
+                places = Places.of(layout, expert.head_dim, first=model.config.action_horizon)
+                _, cache = _attend(expert, token, None, cache, places, execution)
+        return cache, layout
+
+    def steps(
+        self,
+        noise: Float[Array, "B H A"],
+        cache: list[KVCache],
+        layout: PrefixLayout,
+        execution: Execution,
+        guidance: Guidance | None = None,
+    ) -> Float[Array, "B H A"]:
+        """The loop over time."""
+        model = self.model
+        expert, head = model.action_expert, model.head
+        places = Places.of(layout, expert.head_dim, end=model.config.action_horizon)
 
         def velocity(x_t, at: Conditions, cache):
             with jax.named_scope("suffix"):
@@ -198,7 +225,7 @@ def _conditions(model: Pi0, num_steps: int, solver: Solver) -> Conditions:
 
     of_layers = jnp.stack(jax.tree.leaves(jax.vmap(modulate)(stacked)), axis=2)  # depth, evaluation, norm and part, D
     of_layers = jnp.moveaxis(of_layers, 0, 1).reshape(times.size, -1, 3, of_layers.shape[-1])
-    final = jnp.stack(_cast(expert.norm, expert.dtype).modulate(cond), axis=1)
+    final = jnp.stack(jax.tree.leaves(_cast(expert.norm, expert.dtype).modulate(cond)), axis=1)
     modulations = jnp.concatenate([of_layers, final[:, None]], axis=1)
     return Conditions(*(x.reshape(*times.shape, *x.shape[1:]) for x in (tokens, modulations)))
 

@@ -22,9 +22,8 @@ class Instruction:
     @property
     def kind(self) -> str:
         """The opcode, and of what it is not told: the fusion's kind, the custom call's target."""
-        more = re.search(r'"kind":"(\w+)"|kind=(\w+)|custom_call_target="([^"]+)"', self.line)
-        named = self.opcode.startswith(("fusion", "custom-call")) and more
-        return f"{self.opcode} {next(filter(None, more.groups()))}" if named else self.opcode
+        more = re.search(r'(?:, kind=|custom_call_target=")(\w+)', self.line)
+        return f"{self.opcode} {more[1]}" if more else self.opcode
 
     @property
     def scope(self) -> str:

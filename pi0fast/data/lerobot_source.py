@@ -38,8 +38,8 @@ class LeRobotSource:
     Numeric columns are read and checked at construction, before anything is decoded. Raises FileNotFoundError when
     there is no data set; ValueError for one of another version, missing keys, wrong shapes, and bad samples ("error").
 
-    fps, num_episodes: of the data set. fingerprint: changes when the data set does. num_bad: samples known to be bad.
-    replaced: samples that this process has replaced so far.
+    fps, num_episodes: of the data set. dims: of each of the robot's state and action keys. fingerprint: changes when
+    the data set does. num_bad: samples known to be bad. replaced: samples that this process has replaced so far.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class LeRobotSource:
         frames = files.frames((*robot.state, *robot.action))
         self._state = np.concatenate([frames.values[key] for key in robot.state], axis=1)
         self._actions = np.concatenate([frames.values[key] for key in robot.action], axis=1)
+        self.dims = {key: values.shape[1] for key, values in frames.values.items()}
         self._check_dims(robot)
         self._timestamp, self._task, self._starts = frames.timestamp, frames.task, frames.starts
         self._prompts = files.prompts()
@@ -95,6 +96,15 @@ class LeRobotSource:
     @property
     def num_bad(self) -> int:
         return int(self._bad.sum())
+
+    def index(self, episode: int, frame: int) -> int:
+        """The index of a frame of an episode. Raises ValueError where there is none."""
+        if not 0 <= episode < self.num_episodes:
+            raise ValueError(f"{self.root} has no episode {episode}; it has 0 to {self.num_episodes - 1}")
+        start, end = map(int, self._starts[episode : episode + 2])
+        if not 0 <= frame < end - start:
+            raise ValueError(f"episode {episode} of {self.root} has no frame {frame}; it has 0 to {end - start - 1}")
+        return start + frame
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The sample of frame `index`.

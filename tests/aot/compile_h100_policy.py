@@ -43,6 +43,7 @@ def main(preset: str, kernels: str, written: str | None = None) -> None:
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
     text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
     if written:
         Path(written).write_text(text)
     program = hlo.Program(text)
