@@ -153,7 +153,7 @@ def draw(actions: np.ndarray, truth: np.ndarray | None, latency: Latency, path: 
     axes = below.subplots()
     axes.hist(latency.calls, bins=40)
     for percentile, style in zip(PERCENTILES, ("-", "--", ":"), strict=True):
-        at = np.percentile(latency.calls, percentile)
+        at = float(np.percentile(latency.calls, percentile))
         axes.axvline(at, color="black", linestyle=style, label=f"p{percentile} {at:.2f} ms")
     axes.set(xlabel="latency of a call, ms", ylabel="calls")
     axes.legend(fontsize="small")
