@@ -27,8 +27,8 @@ def attention(
     probabilities = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     rows = probabilities.reshape(-1, logits.shape[2] * logits.shape[3], logits.shape[4])
     attended = jnp.einsum("hrs,hsc->hrc", rows, _by_head(v)).reshape(*logits.shape[:4], -1)
-    sees_some = (key_start < key_end)[:, None, None, :, None]
-    return jnp.moveaxis(jnp.where(sees_some, attended, 0), 3, 1).reshape(q.shape)
+    sees_some = (key_start < key_end)[:, None, :, None, None]
+    return jnp.moveaxis(jnp.where(sees_some, attended, 0), 1, 2).reshape(q.shape)
 
 
 def forward(
@@ -41,9 +41,9 @@ def forward(
     scale: float,
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
     """The attended values, and the logsumexp of each query's visible logits (very negative where it sees none)."""
-    lse = jax.nn.logsumexp(_logits(q, k, key_start, key_end, scale), axis=-1)  # [B, K, G, T]
+    lse = jax.nn.logsumexp(_logits(q, k, key_start, key_end, scale), axis=-1)  # [B, K, T, G]
     out = attention(q, k, v, key_start, key_end, scale=scale)
-    return out, jnp.moveaxis(lse, -1, 1).reshape(q.shape[:3])
+    return out, jnp.moveaxis(lse, 1, 2).reshape(q.shape[:3])
 
 
 def backward(
@@ -64,21 +64,21 @@ def backward(
 
 
 def _logits(q, k, key_start, key_end, scale):
-    """Logits `[B, K, G, T, S]`, very negative where a query does not see a key.
+    """Logits `[B, K, T, G, S]`, very negative where a query does not see a key.
 
-    Rows are ordered before the product, not after it, and the mask is added: on a CPU, where this is what runs, moving
-    the axes of the logits and selecting in them took as long as everything else.
+    In this order nothing moves where there is one key/value head; the mask is added, not selected with. On a CPU, where
+    this is what runs, moving and selecting took as long as all else.
     """
     (b, t, _, c), (s, num_kv_heads) = q.shape, k.shape[1:3]
     grouped = q.reshape(b, t, num_kv_heads, -1, c)
-    rows = jnp.moveaxis(grouped, 1, 3).reshape(b * num_kv_heads, -1, c)
+    rows = jnp.moveaxis(grouped, 2, 1).reshape(b * num_kv_heads, -1, c)
     logits = jnp.einsum("hrc,hsc->hrs", rows, _by_head(k), preferred_element_type=jnp.float32) * scale
     key = jnp.arange(s)
     visible = (key_start[:, :, None] <= key) & (key < key_end[:, :, None])
-    mask = jnp.where(visible, 0.0, MASKED)[:, None, None]
-    return logits.reshape(b, num_kv_heads, -1, t, s) + mask
+    mask = jnp.where(visible, 0.0, MASKED)[:, None, :, None]
+    return logits.reshape(b, num_kv_heads, t, -1, s) + mask
 
 
 def _by_head(x: Float[Array, "B S K C"]) -> Float[Array, "B*K S C"]:
-    """One matrix for each example and head; nothing moves where there is one head."""
+    """One matrix for each example and head."""
     return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
