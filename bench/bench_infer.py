@@ -10,13 +10,11 @@ call's, from its dispatch until its result is there. Attributes in `extra_info`:
 rounds; and where the device's peaks are known, `floor` (`pi0fast.flops.inference`), and which fraction of the median
 that is. The peers' floor is ours: the least time of what has to be computed.
 
-Stages: *transforms* of one observation on the host, the *vision* encoder, the *prefix* (embedded tokens to keys and
-values), and a *step*: a tenth of what ten steps more take. For a step the percentiles and the fraction are a step's,
-while the rounds are of the whole call.
+Stages: *transforms* of one observation on the host, and those of `pi0fast.stages`, each compiled by itself: *vision*,
+*prefix* (embedded tokens and Pi0's state to keys and values) and *steps*, all ten.
 """
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from bench import inference
 from bench.inference import Workload
-from pi0fast import Observation, Pi0, config, convert, flops
-from pi0fast.execution import Execution
-from pi0fast.layout import PrefixLayout
+from pi0fast import Pi0, config, convert, flops
 from pi0fast.policy import Policy, Request
-from pi0fast.sampling import Sampler
+from pi0fast.stages import Stages
 
 ACCELERATOR = jax.default_backend() != "cpu"
 ROUNDS, WARMUP = (100, 3) if ACCELERATOR else (5, 1)
@@ -101,38 +96,39 @@ def requests_of(case: Case) -> list[Request]:
 def prompt_len(case: Case) -> int:
     """Prompt tokens that the policy computes."""
     (request, *_) = requests_of(case)
-    return next(bucket for bucket in policy_of(case).prompt_buckets if bucket >= request.prompt_len)
+    return policy_of(case).batch([request]).tokenized_prompt.shape[1]
 
 
 def measure(
     benchmark,
     case: Case,
     run: Callable[[], Any],
-    stage: str | None = "call",
+    stage: str = "call",
     *,
     contender: str = "pi0fast",
-    before: Callable[[], None] | None = None,
 ) -> None:
-    """Time `run`. stage: a field of `InferenceCost`, `call`, or None for what has no floor. before: each round."""
-    benchmark.group = f"inference {case.preset} cameras={case.num_cameras} batch={case.batch} {stage or 'transforms'}"
+    """Time `run`. stage: `call`, `transforms`, or one of `Stages`."""
+    benchmark.group = f"inference {case.preset} cameras={case.num_cameras} batch={case.batch} {stage}"
     benchmark.extra_info.update(
         preset=case.preset, num_cameras=case.num_cameras, batch=case.batch, stage=stage, contender=contender
     )
     benchmark.extra_info.update(prompt_len=prompt_len(case), num_steps=NUM_STEPS, dtype=case.size.dtype)
-    benchmark.pedantic(run, setup=before, rounds=ROUNDS, warmup_rounds=WARMUP)
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARMUP)
     if benchmark.enabled:
         report(benchmark, case, stage, benchmark.stats.stats.data)
 
 
-def report(benchmark, case: Case, stage: str | None, seconds: Sequence[float] | np.ndarray) -> None:
+def report(benchmark, case: Case, stage: str, seconds: Sequence[float]) -> None:
     """Percentiles, and the median's distance from the floor."""
     percentiles = {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 99)}
     benchmark.extra_info.update(percentiles)
     device = flops.device(jax.devices()[0].device_kind)
-    if stage is None or device is None:
+    if stage == "transforms" or device is None:
         return
     cost = flops.inference(case.size, case.num_cameras, prompt_len(case), batch_size=case.batch, evaluations=NUM_STEPS)
-    floor = (cost if stage == "call" else getattr(cost, stage)).floor_seconds(device)
+    once = {"vision": [cost.vision], "prefix": [cost.prefix, cost.state], "steps": NUM_STEPS * [cost.step]}
+    parts = [cost] if stage == "call" else once[stage]
+    floor = sum(part.floor_seconds(device) for part in parts)
     benchmark.extra_info.update(floor=floor, fraction_of_floor=floor / percentiles["p50"])
 
 
@@ -177,57 +173,18 @@ def test_lerobot(benchmark, case, compiled):
 # ── Stages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sampler_and_inputs(case: Case, num_steps: int) -> tuple[Sampler, Observation, jax.Array]:
-    """The sampler, and the inputs of the policy's call, on the device."""
-    length, requests = prompt_len(case), requests_of(case)
-    inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in requests))
-    inputs |= {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
-    sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model_of(case.preset), num_steps, "euler")
-    return sampler, *jax.device_put((Observation(**inputs), case.workload().noise(case.batch)))
-
-
-def embed(sampler: Sampler, observation: Observation) -> tuple[jax.Array, jax.Array]:
-    return nnx.merge(sampler.graphdef, sampler.weights).embed_prefix(observation, Execution())
-
-
-def keys_values(sampler: Sampler, tokens: jax.Array, valid: jax.Array) -> Any:
-    model, execution = nnx.merge(sampler.graphdef, sampler.weights), Execution()
-    size = model.config
-    layout = PrefixLayout.build(valid, action_horizon=size.action_horizon, has_state=not size.pi05)
-    return model.vlm(layout.order_tokens(tokens), layout, execution)
+@functools.lru_cache(maxsize=1)
+def stages_of(case: Case) -> Stages:
+    policy = policy_of(case)
+    noise = case.workload().noise(case.batch)
+    return Stages.of(policy.sampler, policy.batch(requests_of(case)), noise, execution=policy.execution)
 
 
 def test_transforms(benchmark, case):
     policy, observation = policy_of(case), case.workload().observation()
-    measure(benchmark, case, lambda: policy.prepare(observation), None)
+    measure(benchmark, case, lambda: policy.prepare(observation), "transforms")
 
 
-def test_vision(benchmark, case):
-    sampler, observation, _ = sampler_and_inputs(case, 1)
-    run = jax.jit(embed)
-    measure(benchmark, case, lambda: jax.block_until_ready(run(sampler, observation)), "vision")
-
-
-def test_prefix(benchmark, case):
-    sampler, observation, _ = sampler_and_inputs(case, 1)
-    tokens, valid = jax.jit(embed)(sampler, observation)
-    run = jax.jit(keys_values)
-    measure(benchmark, case, lambda: jax.block_until_ready(run(sampler, tokens, valid)), "prefix")
-
-
-def test_step(benchmark, case):
-    """Calls with one step and with eleven, in turn; the percentiles are of a tenth of their difference."""
-    run = jax.jit(lambda sampler, observation, noise: sampler(observation, noise))
-    few, observation, noise = sampler_and_inputs(case, 1)
-    many, _, _ = sampler_and_inputs(case, 1 + NUM_STEPS)
-    with_few = []
-
-    def call(sampler: Sampler) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run(sampler, observation, noise))
-        return time.perf_counter() - start
-
-    measure(benchmark, case, lambda: call(many), "step", before=lambda: with_few.append(call(few)))
-    if benchmark.enabled:
-        more = np.subtract(benchmark.stats.stats.data, with_few[-ROUNDS:])
-        report(benchmark, case, "step", more / NUM_STEPS)
+@pytest.mark.parametrize("stage", ["vision", "prefix", "steps"])
+def test_stage(benchmark, case, stage):
+    measure(benchmark, case, getattr(stages_of(case), stage), stage)

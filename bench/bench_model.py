@@ -1,4 +1,4 @@
-"""A training step's loss and gradients, and sampling, of the tiny presets: seconds per call, compiled and warm."""
+"""A training step's loss and gradients, of the tiny presets: seconds per call, compiled and warm."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from pi0fast import Observation, Pi0, config, flops
-from pi0fast.sampling import sample_actions
 
 BATCH = 8
 
@@ -35,13 +34,3 @@ def test_loss_and_gradients(benchmark, preset):
     benchmark.extra_info["flops"] = flops.train_step(size, len(size.cameras), size.max_token_len, BATCH)
     jax.block_until_ready(run(model, *inputs))
     benchmark(lambda: jax.block_until_ready(run(model, *inputs)))
-
-
-@pytest.mark.parametrize("preset", ["pi0_tiny", "pi05_tiny"])
-def test_sample_actions(benchmark, preset):
-    """Batch 1, ten Euler steps."""
-    size = config.PRESETS[preset]()
-    model, (observation, _, noise, _) = Pi0(size, rngs=nnx.Rngs(0)), example(size, 1)
-    run = jax.jit(sample_actions)
-    jax.block_until_ready(run(model, observation, noise))
-    benchmark(lambda: jax.block_until_ready(run(model, observation, noise)))

@@ -61,7 +61,7 @@ def record(preset: str, rounds: int) -> list[dict[str, Any]]:
         workload = Workload(config, num_cameras, prompt_tokens)
         policy = inference.make_policy(model, workload, 1, NUM_STEPS)
         request, noise = policy.prepare(workload.observation()), workload.noise(1)
-        prompt_len = next(bucket for bucket in policy.prompt_buckets if bucket >= request.prompt_len)
+        prompt_len = policy.batch([request]).tokenized_prompt.shape[1]
         ours = inference.ours(policy, [request], noise)
         baseline = inference.baseline(params, config, [request], noise, NUM_STEPS)
         calls = {"pi0fast": ours, "openpi_style": baseline}

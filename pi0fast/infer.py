@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 from PIL import Image
 
 from pi0fast.execution import Kernels
-from pi0fast.observation import Observation
-from pi0fast.policy import Policy, Request, keep_compiled_programs
+from pi0fast.policy import Policy, keep_compiled_programs
 from pi0fast.stages import Stages
 
 PERCENTILES = (50, 95, 99)
@@ -55,7 +53,7 @@ class Latency:
 def measure(policy: Policy, observation: dict[str, Any], repeat: int) -> Latency:
     """Times `repeat` calls after a first one; after each, every stage once, so that what else runs slows all alike."""
     noise = np.zeros((1, policy.config.action_horizon, policy.config.action_dim), np.float32)
-    batch = batch_of(policy, policy.prepare(observation))
+    batch = policy.batch([policy.prepare(observation)])
     stages = Stages.of(policy.sampler, batch, noise, execution=policy.execution)
     policy.infer(observation)
     calls, in_stages = [], []
@@ -72,14 +70,6 @@ def measure(policy: Policy, observation: dict[str, Any], repeat: int) -> Latency
         {name: 1e3 * float(np.median([seconds[name] for seconds in in_stages])) for name in in_stages[0]},
         policy.num_steps,
     )
-
-
-def batch_of(policy: Policy, request: Request) -> Observation:
-    """The request alone, its prompt cut to the bucket in which the policy computes it."""
-    length = next(bucket for bucket in policy.prompt_buckets if bucket >= request.prompt_len)
-    inputs = jax.tree.map(lambda x: np.asarray(x)[None], request.inputs)
-    prompt = {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
-    return Observation(**{**inputs, **prompt})
 
 
 def read_sample(policy: Policy, data: str, episode: int, frame: int) -> tuple[dict[str, Any], np.ndarray]:

@@ -166,7 +166,7 @@ class Policy:
     @property
     def metadata(self) -> dict[str, Any]:
         """What a client may want to know: plain values."""
-        config = self._transform.config
+        config = self.config
         return {
             "model": "pi05" if config.pi05 else "pi0",
             "robot": self.robot.name,
@@ -221,6 +221,14 @@ class Policy:
             guide = guidance(self._transform, previous, delay, sample["state"], self._rtc)
         return Request(inputs, sample["state"], (time.perf_counter() - start) * 1e3, guide)
 
+    def batch(self, requests: Sequence[Request]) -> Observation:
+        """What a call gets: the requests side by side, prompts cut to the smallest bucket that holds them all."""
+        needed = max(request.prompt_len for request in requests)
+        length = next(bucket for bucket in self.prompt_buckets if bucket >= needed)
+        inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in requests))
+        prompt = {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
+        return Observation(**{**inputs, **prompt})
+
     def run(self, requests: Sequence[Request], *, noise: np.ndarray | None = None) -> list[dict[str, Any]]:
         """One compiled call for up to `batch_sizes[-1]` requests: `infer`'s reply for each.
 
@@ -230,27 +238,23 @@ class Policy:
         count = len(requests)
         if not 1 <= count <= self.batch_sizes[-1]:
             raise ValueError(f"{count} requests; one call takes 1 to {self.batch_sizes[-1]} (batch_sizes)")
-        config = self._transform.config
-        shape = (count, config.action_horizon, config.action_dim)
+        shape = (count, self.config.action_horizon, self.config.action_dim)
         if noise is None:
             noise = np.stack([self._draw(shape[1:]) for _ in requests])
         elif noise.shape != shape:
             raise ValueError(f"noise has shape {noise.shape}, expected {shape}")
         batch = next(size for size in self.batch_sizes if size >= count)
-        needed = max(request.prompt_len for request in requests)
-        length = next(bucket for bucket in self.prompt_buckets if bucket >= needed)
         filled = [*requests, *[requests[0]] * (batch - count)]
-        inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in filled))
-        inputs |= {key: inputs[key][:, :length] for key in ("tokenized_prompt", "tokenized_prompt_mask")}
+        observation = self.batch(filled)
         noise = np.resize(np.asarray(noise, np.float32), (batch, *shape[1:]))  # a copy: the call may write into it
         guides, guided = (), any(request.guidance is not None for request in requests)
         if guided:
             free = np.zeros(shape[1:], np.float32), np.zeros(shape[1], np.float32)
             guides = map(np.stack, zip(*(request.guidance or free for request in filled), strict=True))
 
-        program = self._programs[batch, length, guided]
+        program = self._programs[batch, observation.tokenized_prompt.shape[1], guided]
         called = time.perf_counter()
-        actions = np.asarray(program(self._weights, Observation(**inputs), noise, *guides))[:count]
+        actions = np.asarray(program(self._weights, observation, noise, *guides))[:count]
         fetched = time.perf_counter()
         actions = self._transform.invert_actions(actions, np.stack([request.state for request in requests]))
         run_ms = (time.perf_counter() - start) * 1e3
@@ -269,7 +273,7 @@ class Policy:
     def warmup(self) -> None:
         """Runs every program once, so that the first request waits for nothing."""
         for key, program in self._programs.items():
-            inputs = _abstract(self._transform.config, self._transform, *key)
+            inputs = _abstract(self.config, self._transform, *key)
             jax.block_until_ready(program(self._weights, *jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)))
 
     def _draw(self, shape: tuple[int, ...]) -> np.ndarray:

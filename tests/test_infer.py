@@ -118,7 +118,7 @@ def test_the_stages_are_the_call(policy, demo_dataset):
     observation, _ = infer.read_sample(policy, str(demo_dataset), 0, 0)
     request = policy.prepare(observation)
     noise = np.random.default_rng(0).standard_normal((1, HORIZON, 2), np.float32)
-    batch = infer.batch_of(policy, request)
+    batch = policy.batch([request])
     normalised = np.asarray(Stages.of(policy.sampler, batch, noise, execution=policy.execution).steps())[0]
     expected = policy.infer(observation, noise=noise[0])["actions"]
     ours = policy._transform.invert_actions(normalised, request.state)
