@@ -18,7 +18,7 @@ from bench import openpi_style, peers
 from pi0fast import Observation, Pi0, convert
 from pi0fast.config import Pi0Config
 from pi0fast.normalize import NormStats
-from pi0fast.policy import Policy, Request
+from pi0fast.policy import Policy, Request, default_buckets
 from pi0fast.robots import Robot
 from pi0fast.tokenizer import DEMO_TOKENIZER, PromptTokenizer
 from pi0fast.transforms import SampleTransform
@@ -141,7 +141,10 @@ def all_cameras(config: Pi0Config, requests: Sequence[Request]) -> Observation:
 
 
 def make_policy(model: Pi0, workload: Workload, batch: int, num_steps: int) -> Policy:
-    return Policy(model, workload.transform(), num_steps=num_steps, batch_sizes=(batch,))
+    """Compiled for this batch and for the bucket of the workload's prompt."""
+    buckets = default_buckets(workload.config.max_token_len)
+    bucket = next(length for length in buckets if length >= workload.prompt_tokens)
+    return Policy(model, workload.transform(), num_steps=num_steps, batch_sizes=(batch,), prompt_buckets=(bucket,))
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -31,33 +31,33 @@ from pi0fast.transforms import SampleTransform
 class Request:
     """One observation after the host transforms, without a batch axis.
 
-    inputs: the fields of `Observation`. state: as the robot gave it. prepare_ms: what the transforms took.
+    inputs: the fields of `Observation`. state: as the robot gave it. prompt_len: valid tokens. prepare_ms: what the
+    transforms took.
     guidance: target [H, A] and weight [H], where the request has something left of the last chunk.
     """
 
     inputs: dict[str, Any]
     state: np.ndarray
+    prompt_len: int
     prepare_ms: float
     guidance: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def prompt_len(self) -> int:
-        return int(self.inputs["tokenized_prompt_mask"].sum())
 
 
 class Policy:
     """Host transforms, one compiled call, and their inverse.
 
-    Every program is compiled here: one for each batch size and each of `prompt_buckets`. A call takes the smallest that
-    fits, so that padding costs little and no request compiles.
+    Every program is compiled here: one for each batch size and prompt length. A call takes the smallest that fits, so
+    that padding costs little and no request compiles.
 
     num_steps, solver: from noise to actions. seed: of the noise; the same requests in the same order give the same
     actions, however they are batched. kernels: of attention and norms; `auto` takes the first that can run.
-    batch_sizes: how many observations a call takes. default_prompt: for observations without one.
+    batch_sizes: how many observations a call takes. prompt_buckets: prompt lengths in tokens; by default those of
+    `default_buckets`. default_prompt: for observations without one.
     rtc: also compile the programs of real-time chunking, which run where an observation of the batch asks for it.
 
     Raises:
-        ValueError: batch sizes below one, no step, an unknown solver, or kernels that cannot run here.
+        ValueError: batch sizes or prompt lengths out of range, no step, an unknown solver, or kernels that cannot run
+            here.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Policy:
         seed: int = 0,
         kernels: Kernels = "auto",
         batch_sizes: Sequence[int] = (1,),
+        prompt_buckets: Sequence[int] | None = None,
         default_prompt: str | None = None,
         rtc: RtcConfig | None = None,
     ):
@@ -77,10 +78,14 @@ class Policy:
         check_kernels(model.config, execution)
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch_sizes={tuple(batch_sizes)}: give at least one, each at least 1")
+        longest = model.config.max_token_len
+        buckets = default_buckets(longest) if prompt_buckets is None else prompt_buckets
+        if not buckets or not 1 <= min(buckets) <= max(buckets) <= longest:
+            raise ValueError(f"prompt_buckets={tuple(buckets)}: give at least one, each from 1 to {longest} tokens")
         if rtc is not None:
             rtc.check(model.config.action_horizon)
         self.batch_sizes = tuple(sorted(set(batch_sizes)))
-        self.prompt_buckets = prompt_buckets(model.config.max_token_len)
+        self.prompt_buckets = tuple(sorted(set(buckets)))
         self.num_steps, self.solver = num_steps, solver
         self._transform = transform
         self._rtc = rtc
@@ -212,6 +217,10 @@ class Policy:
         values = flatten_keys(observation)
         sample = self._repack(values)
         inputs, guide = self._transform(sample), None
+        if (length := int(inputs["tokenized_prompt_mask"].sum())) > self.prompt_buckets[-1]:
+            raise ValueError(
+                f"prompt has {length} tokens; the policy is compiled for {self.prompt_buckets[-1]} at most"
+            )
         if PREVIOUS_ACTIONS in values:
             if self._rtc is None:
                 raise ValueError(
@@ -219,7 +228,7 @@ class Policy:
                 )
             previous, delay = values[PREVIOUS_ACTIONS], values.get(DELAY)
             guide = guidance(self._transform, previous, delay, sample["state"], self._rtc)
-        return Request(inputs, sample["state"], (time.perf_counter() - start) * 1e3, guide)
+        return Request(inputs, sample["state"], length, (time.perf_counter() - start) * 1e3, guide)
 
     def batch(self, requests: Sequence[Request]) -> Observation:
         """What a call gets: the requests side by side, prompts cut to the smallest bucket that holds them all."""
@@ -282,7 +291,7 @@ class Policy:
         return np.random.default_rng((self._seed, self._count)).standard_normal(shape, np.float32)
 
 
-def prompt_buckets(max_token_len: int) -> tuple[int, ...]:
+def default_buckets(max_token_len: int) -> tuple[int, ...]:
     """Prompt lengths to compile for: quarters of the longest, rounded up to 16 tokens."""
     quarters = (-(-max_token_len * i // 4) for i in range(1, 5))
     return tuple(sorted({min(-(-length // 16) * 16, max_token_len) for length in quarters}))

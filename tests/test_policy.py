@@ -165,6 +165,16 @@ def test_openpis_keys_and_channels_first_mean_the_same(policy, observation):
         np.testing.assert_array_equal(policy.infer(spelled, noise=noise)["actions"], expected)
 
 
+def test_prompt_lengths_that_are_asked_for(run, observation):
+    policy = Policy.load(run[0], prompt_buckets=(5, 4))
+    assert policy.prompt_buckets == (4, 5)
+    assert np.isfinite(policy.infer({**observation, "prompt": "touch"})["actions"]).all()
+    with pytest.raises(ValueError, match="prompt has 6 tokens; the policy is compiled for 5 at most"):
+        policy.infer({**observation, "prompt": "touch the red block"})
+    with pytest.raises(ValueError, match=r"prompt_buckets=\(9,\): give at least one, each from 1 to 8 tokens"):
+        Policy.load(run[0], prompt_buckets=(9,))
+
+
 def test_default_prompt(run, observation):
     noise = np.zeros((8, 2), np.float32)
     prompt = observation.pop("prompt")

@@ -11,7 +11,7 @@ from flax import nnx
 from pi0fast import Observation, Pi0, config
 from pi0fast.execution import Execution
 from pi0fast.params import flatten
-from pi0fast.policy import prompt_buckets
+from pi0fast.policy import default_buckets
 from pi0fast.sampling import Sampler, matmul_weights, sample_actions
 from tests.golden import golden
 from tests.hlo import loop_instructions
@@ -116,7 +116,7 @@ def test_what_is_read_in_the_matmul_dtype(case):
 @pytest.mark.parametrize("longest", [8, 32, 48, 200])
 def test_buckets_end_at_the_longest_prompt(longest):
     expected = {8: (8,), 32: (16, 32), 48: (16, 32, 48), 200: (64, 112, 160, 200)}
-    assert prompt_buckets(longest) == expected[longest]
+    assert default_buckets(longest) == expected[longest]
 
 
 @pytest.mark.parametrize("preset", ["pi0_small", "pi05_small"])
