@@ -72,7 +72,7 @@ class Batcher:
     """Runs requests that wait together as one batch, in one thread of its own.
 
     queue_size: requests that may wait beside those that run. deadline: seconds from arrival within which a request
-    must start. gather: seconds to wait for company before a batch that is not full; 0 takes what waits.
+    must start. gather: seconds that a request waits for company while the batch is not full; 0 takes what waits.
     Everything but `_infer` and what it calls runs on the event loop.
     """
 
@@ -99,14 +99,16 @@ class Batcher:
         """Requests that wait."""
         return len(self._waiting)
 
-    async def submit(self, message: bytes, timing: Mapping[str, float]) -> bytes:
-        """A request's bytes → its reply's. timing: what `server_timing` has beside `infer_ms`.
+    async def submit(self, message: bytes | str, timing: Mapping[str, float]) -> bytes:
+        """A request's frame → its reply's bytes. timing: what `server_timing` has beside `infer_ms`.
 
         Cancelled, it gives up its place in the queue.
 
         Raises:
             RequestError: the request is malformed, the queue is full, its deadline passed, or inference failed.
         """
+        if isinstance(message, str):
+            raise RequestError("ValueError: a text frame came; send msgpack in binary", "bad_request", closes=True)
         if len(self._waiting) >= self._queue_size:
             raise RequestError(
                 f"Overloaded: {self._queue_size} requests wait already; send this one again later, send fewer, or "
@@ -154,7 +156,8 @@ class Batcher:
             self._arrived.clear()
             await self._arrived.wait()
         try:
-            async with asyncio.timeout(self._gather):
+            waited = time.perf_counter() - self._waiting[0].arrival
+            async with asyncio.timeout(self._gather - waited):
                 while self._gather and len(self._waiting) < self._largest:
                     self._arrived.clear()
                     await self._arrived.wait()

@@ -70,7 +70,8 @@ class ActionBroker:
         observation: as `policy.infer` takes it. It may be read until a later tick, so its arrays must not be reused.
 
         Raises:
-            Exception: what `policy.infer` raised; the next call asks again.
+            Exception: what `policy.infer` raised. The tick has no action then; the next call goes on with the chunk and
+                asks again.
             ValueError: the policy's actions are not [H, d] with H > execute.
             RuntimeError: the broker is closed.
         """
@@ -80,8 +81,13 @@ class ActionBroker:
             self._request(observation)
             self._receive()
         elif self._pending is not None and self._pending.done():
-            self._delays.append(self._next - self._asked)
-            self._receive()
+            delay = self._next - self._asked
+            try:
+                self._receive()
+            except BaseException:
+                self._next += 1  # the tick passes all the same
+                raise
+            self._delays.append(delay)
         assert self._chunk is not None
         if self._pending is None and self._next >= self._execute:
             self._request(observation)

@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from pi0fast.checkpoint import RunConfig
 from pi0fast.data.demo import MAX_STEPS, Simulator
 from pi0fast.evaluate import UNSEEN_SEED, wilson_interval
 from pi0fast.execution import Kernels
@@ -39,20 +40,24 @@ def jerk(path: np.ndarray) -> float:
     return float(np.square(np.diff(path, n=3, axis=0)).sum(axis=1).mean())
 
 
+def check(latency: int, execute: int, horizon: int) -> None:
+    """Raises: ValueError: no latency, or one that the chunks are too short for."""
+    if not 1 <= latency <= execute <= horizon - latency:
+        raise ValueError(
+            f"latency={latency}, execute={execute}: give 1 <= latency <= execute <= horizon - latency, with the "
+            f"model's horizon {horizon}; beyond, the robot would wait for chunks"
+        )
+
+
 def play(policy: Policy, episodes: int, *, latency: int, execute: int, rtc: bool, seed: int) -> list[Episode]:
     """Play episodes side by side; a chunk is asked for after each `execute` steps.
 
     rtc: ask with what is left of the chunk in execution, else switch hard. As many chunks are drawn either way.
 
     Raises:
-        ValueError: no latency, or one that the chunks are too short for.
+        ValueError: as `check`.
     """
-    horizon = policy.metadata["action_horizon"]
-    if not 1 <= latency <= execute <= horizon - latency:
-        raise ValueError(
-            f"latency={latency}, execute={execute}: give 1 <= latency <= execute <= horizon - latency, with the "
-            f"model's horizon {horizon}; beyond, the robot would wait for chunks"
-        )
+    check(latency, execute, policy.metadata["action_horizon"])
     simulators = [Simulator(seed + episode) for episode in range(episodes)]
     observations = [simulator.reset() for simulator in simulators]
     positions = [[simulator.agent] for simulator in simulators]
@@ -137,11 +142,15 @@ def main(
     out: JSON of the results and of every episode, RUN/latency.json by default.
     kernels: of attention and norms: auto, reference or triton.
     """
+    config = RunConfig.load(run)
+    if config.robot is None or config.robot.name != "demo":
+        raise ValueError(f"{run} is for the robot {config.robot and config.robot.name!r}; the simulator is the demo's")
+    for steps in latency:
+        check(steps, execute, config.model.action_horizon)
     keep_compiled_programs()
     options = {"seed": noise_seed, "kernels": kernels, "batch_sizes": (episodes,)}
     hard, guided = Policy.load(run, **options), Policy.load(run, rtc=rtc, **options)
-    if hard.robot.name != "demo":
-        raise ValueError(f"{run} is for the robot {hard.robot.name!r}; the simulator is the demo's")
+    out = out or run / "latency.json"
     settings = {"episodes": episodes, "execute": execute, "seed": seed, "noise_seed": noise_seed, "rtc": asdict(rtc)}
     results = {}
     for steps in latency:
@@ -157,8 +166,7 @@ def main(
             )
         for name, (mean, low, high) in result["rtc_minus_hard"].items():
             print(f"  rtc - hard, {name}: {mean:+.3g} (95 % confidence interval {low:+.3g} to {high:+.3g})")
-    out = out or run / "latency.json"
-    out.write_text(json.dumps({"settings": settings, "latency": results}, indent=1) + "\n")
+        out.write_text(json.dumps({"settings": settings, "latency": results}, indent=1) + "\n")
     print(f"Results: {out}")
 
 

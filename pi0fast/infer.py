@@ -19,6 +19,7 @@ import tyro
 from PIL import Image
 
 from pi0fast.execution import Kernels
+from pi0fast.flow import Solver
 from pi0fast.policy import Policy, keep_compiled_programs
 from pi0fast.stages import Stages
 
@@ -160,7 +161,10 @@ def main(
     repeat: int = 100,
     out: Path | None = None,
     robot: str | None = None,
+    asset_id: str | None = None,
+    action_horizon: int | None = None,
     num_steps: int = 10,
+    solver: Solver = "euler",
     seed: int = 0,
     kernels: Kernels = "auto",
 ) -> None:
@@ -174,7 +178,8 @@ def main(
         repeat: calls to time.
         out: the PNG; by default RUN/infer.png.
         robot: a ready robot's name or a YAML file; an openpi checkpoint needs it.
-        num_steps: from noise to actions.
+        asset_id, action_horizon: of an openpi checkpoint, which does not tell.
+        num_steps, solver: from noise to actions.
         seed: of the noise.
         kernels: of attention and norms: auto, reference or triton.
     """
@@ -186,15 +191,25 @@ def main(
         raise ValueError(f"{run} is not a folder to draw into; give --out")
     values = None if observation is None else read_observation(observation)
     keep_compiled_programs()
-    policy = Policy.load(run, robot=robot, num_steps=num_steps, seed=seed, kernels=kernels)
+    policy = Policy.load(
+        run,
+        robot=robot,
+        asset_id=asset_id,
+        action_horizon=action_horizon,
+        num_steps=num_steps,
+        solver=solver,
+        seed=seed,
+        kernels=kernels,
+    )
     truth = None
     if values is None:
         assert data is not None
         values, truth = read_sample(policy, data, episode, frame)
-    masks = policy.prepare(values).inputs["image_masks"]
-    if masked := [policy.robot.cameras[camera] for camera, there in masks.items() if not there]:
+    request = policy.prepare(values)
+    masks = request.inputs["image_masks"].items()
+    if masked := [policy.robot.cameras[camera] for camera, there in masks if not there]:
         print(f"without {', '.join(masked)}: masked")
-    actions = policy.infer(values)["actions"]
+    actions = policy.run([request])[0]["actions"]
     print(f"{values['prompt']!r}: actions {list(actions.shape)}")
     print(np.array2string(actions, precision=4, suppress_small=True, threshold=sys.maxsize, max_line_width=120))
     if truth is not None:

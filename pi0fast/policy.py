@@ -32,7 +32,7 @@ class Request:
     """One observation after the host transforms, without a batch axis.
 
     inputs: the fields of `Observation`. state: as the robot gave it. prompt_len: valid tokens. prepare_ms: what the
-    transforms took.
+    transforms took. noise: [H, A], what its actions start from.
     guidance: target [H, A] and weight [H], where the request has something left of the last chunk.
     """
 
@@ -40,6 +40,7 @@ class Request:
     state: np.ndarray
     prompt_len: int
     prepare_ms: float
+    noise: np.ndarray
     guidance: tuple[np.ndarray, np.ndarray] | None = None
 
 
@@ -49,10 +50,10 @@ class Policy:
     Every program is compiled here: one for each batch size and prompt length. A call takes the smallest that fits, so
     that padding costs little and no request compiles.
 
-    num_steps, solver: from noise to actions. seed: of the noise; the same requests in the same order give the same
-    actions, however they are batched. kernels: of attention and norms; `auto` takes the first that can run.
-    batch_sizes: how many observations a call takes. prompt_buckets: prompt lengths in tokens; by default those of
-    `default_buckets`. default_prompt: for observations without one.
+    num_steps, solver: from noise to actions. seed: of the noise, which a request gets when it is prepared; the same
+    requests in the same order give the same actions, however they are batched. kernels: of attention and norms; `auto`
+    takes the first that can run. batch_sizes: how many observations a call takes. prompt_buckets: prompt lengths in
+    tokens; by default those of `default_buckets`. default_prompt: for observations without one.
     rtc: also compile the programs of real-time chunking, which run where an observation of the batch asks for it.
 
     Raises:
@@ -115,7 +116,7 @@ class Policy:
         *,
         robot: str | None = None,
         asset_id: str | None = None,
-        action_horizon: int = 50,
+        action_horizon: int | None = None,
         dtype: DType = "bfloat16",
         **options: Any,
     ) -> "Policy":
@@ -134,6 +135,11 @@ class Policy:
             if robot is None:
                 raise ValueError(
                     f"{path} is an openpi checkpoint, which does not say which robot it is for; give robot"
+                )
+            if action_horizon is None:
+                raise ValueError(
+                    f"{path} is an openpi checkpoint, which does not say how long its chunks are; give the "
+                    "action_horizon of openpi's config, e.g. 50 of pi0_base or 10 of pi0_droid"
                 )
             model_config, stats = convert.describe_openpi(
                 path, asset_id=asset_id, action_horizon=action_horizon, dtype=dtype
@@ -228,7 +234,8 @@ class Policy:
                 )
             previous, delay = values[PREVIOUS_ACTIONS], values.get(DELAY)
             guide = guidance(self._transform, previous, delay, sample["state"], self._rtc)
-        return Request(inputs, sample["state"], length, (time.perf_counter() - start) * 1e3, guide)
+        noise = self._draw((self.config.action_horizon, self.config.action_dim))
+        return Request(inputs, sample["state"], length, (time.perf_counter() - start) * 1e3, noise, guide)
 
     def batch(self, requests: Sequence[Request]) -> Observation:
         """What a call gets: the requests side by side, prompts cut to the smallest bucket that holds them all."""
@@ -249,7 +256,7 @@ class Policy:
             raise ValueError(f"{count} requests; one call takes 1 to {self.batch_sizes[-1]} (batch_sizes)")
         shape = (count, self.config.action_horizon, self.config.action_dim)
         if noise is None:
-            noise = np.stack([self._draw(shape[1:]) for _ in requests])
+            noise = np.stack([request.noise for request in requests])
         elif noise.shape != shape:
             raise ValueError(f"noise has shape {noise.shape}, expected {shape}")
         batch = next(size for size in self.batch_sizes if size >= count)

@@ -50,6 +50,14 @@ def flatten_keys(observation: Mapping[str, Any], prefix: str = "") -> dict[str, 
     return flat
 
 
+def as_array(key: str, value: Any) -> np.ndarray:
+    """Raises: ValueError, naming the key, for lists whose rows differ in length."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{key} is a list of rows of different lengths, expected an array") from error
+
+
 def _canonical(key: str) -> str:
     """`observation/images/top` → `images.top`: what data-set keys and openpi's keys have in common."""
     return key.replace("/", ".").removeprefix("observation.")
@@ -57,7 +65,7 @@ def _canonical(key: str) -> str:
 
 def _numbers(key: str, value: Any) -> np.ndarray:
     """A number or a list of them, all finite."""
-    array = np.atleast_1d(np.asarray(value))
+    array = np.atleast_1d(as_array(key, value))
     if array.dtype.kind not in "fiub" or array.ndim != 1:
         raise ValueError(f"{key} is {array.dtype} {array.shape}, expected numbers [d]")
     if not np.isfinite(array).all():
@@ -68,7 +76,7 @@ def _numbers(key: str, value: Any) -> np.ndarray:
 
 def _image(key: str, value: Any) -> np.ndarray:
     """uint8 `[height, width, 3]`; channels may come first."""
-    image = np.asarray(value)
+    image = as_array(key, value)
     if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
         image = np.moveaxis(image, 0, 2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:

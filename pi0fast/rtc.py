@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from pi0fast.repack import as_array
 from pi0fast.transforms import SampleTransform
 
 Schedule = Literal["exponential", "linear", "ones", "zeros"]
@@ -97,7 +98,7 @@ def guidance(
         ValueError: naming the key that does not fit.
     """
     horizon, dim = transform.config.action_horizon, transform.action_stats.dim
-    previous = np.asarray(previous_actions)
+    previous = as_array(PREVIOUS_ACTIONS, previous_actions)
     if previous.ndim != 2 or not 0 < len(previous) <= horizon or previous.shape[1] != dim:
         raise ValueError(
             f"{PREVIOUS_ACTIONS} has shape {list(previous.shape)}, expected [m, {dim}] with m from 1 to {horizon}: the "

@@ -63,6 +63,11 @@ class Limits:
             value = getattr(self, field.name)
             if value is not None and not (value > 0 or (field.name == "gather_ms" and value == 0)):
                 raise ValueError(f"{field.name}={value} must be positive")
+        if self.deadline_ms is not None and self.deadline_ms <= self.gather_ms:
+            raise ValueError(
+                f"deadline_ms={self.deadline_ms:g} would pass while a request waits gather_ms={self.gather_ms:g} for "
+                "others; make it longer"
+            )
 
 
 class _Connection(ServerConnection):
@@ -197,21 +202,21 @@ class PolicyServer:
         """Sends the reply or an error; returns the outcome."""
         left = asyncio.ensure_future(client.wait_closed())
         try:
-            if isinstance(message, str):
-                raise RequestError("ValueError: a text frame came; send msgpack in binary", "bad_request", closes=True)
             reply = asyncio.ensure_future(self._batcher.submit(message, timing))
             await asyncio.wait((reply, left), return_when=asyncio.FIRST_COMPLETED)
             if not reply.done():
                 reply.cancel()
                 return "client_left"
-            await client.send(reply.result())
-            return "ok"
-        except RequestError as error:
-            await client.send(str(error))
-            if error.closes:
-                reason = "The frame before this one has the error."
-                await client.close(CloseCode.INTERNAL_ERROR, reason)
-            return error.outcome
+            try:
+                await client.send(reply.result())
+                return "ok"
+            except RequestError as error:
+                await client.send(str(error))
+                if error.closes:
+                    await client.close(CloseCode.INTERNAL_ERROR, "The frame before this one has the error.")
+                return error.outcome
+        except ConnectionClosed:
+            return "client_left"
         finally:
             left.cancel()
 
@@ -280,7 +285,7 @@ def main(
     port: int = 8000,
     robot: str | None = None,
     asset_id: str | None = None,
-    action_horizon: int = 50,
+    action_horizon: int | None = None,
     num_steps: int = 10,
     solver: Solver = "euler",
     seed: int = 0,

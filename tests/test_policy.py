@@ -18,6 +18,7 @@ from pi0fast.normalize import NormStats
 from pi0fast.params import flatten
 from pi0fast.policy import Policy
 from pi0fast.robots import DEMO
+from pi0fast.rtc import RtcConfig
 from pi0fast.sampling import sample_actions
 from pi0fast.tokenizer import DEMO_TOKENIZER
 from pi0fast_kernels import _triton
@@ -80,6 +81,8 @@ def test_the_same_seed_gives_the_same_actions(run, observation):
         ({"prompt": None}, r"no \['prompt'\]; it has"),
         ({"prompt": b"touch"}, "prompt is bytes, expected a string"),
         ({"observation.state": np.zeros(3, np.float32)}, "observation.state: 3 state dimensions, expected 2"),
+        ({"observation.state": [[1], [2, 3]]}, "observation.state is a list of rows of different lengths"),
+        ({"observation.images.top": [[1], [2, 3]]}, "observation.images.top is a list of rows of different lengths"),
         ({"observation.state": np.array([0, np.nan])}, "observation.state is not finite: nan at 1"),
         ({"observation.state": np.array(["a", "b"])}, r"observation.state is <U1 \(2,\), expected numbers"),
         ({"observation.images.top": np.zeros((1, 5000, 3), np.uint8)}, "top is 1 x 5000 pixels; send at most 4096"),
@@ -101,11 +104,15 @@ def test_kernels_that_cannot_run_are_refused(run, monkeypatch):
 
 
 def test_named_kernels_give_the_same_actions(run, observation):
+    """Guided by the last chunk too, which runs the kernels backwards."""
     ours, theirs = (
-        Policy.load(run[0], seed=7, num_steps=2, kernels=kernels).infer(observation)["actions"]
+        Policy.load(run[0], seed=7, num_steps=2, kernels=kernels, rtc=RtcConfig())
         for kernels in ("triton", "reference")
     )
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    guided = {**observation, "rtc/previous_actions": np.full((6, 2), 0.5, np.float32), "rtc/delay": 2}
+    for given in (observation, guided):
+        expected = theirs.infer(given)["actions"]
+        np.testing.assert_allclose(ours.infer(given)["actions"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +213,8 @@ def test_an_openpi_checkpoint_is_the_run_converted_from_it(tmp_path, monkeypatch
     np.testing.assert_array_equal(actions, theirs.infer(observation)["actions"])
     with pytest.raises(ValueError, match="which does not say which robot it is for; give robot"):
         Policy.load(STEP)
+    with pytest.raises(ValueError, match="which does not say how long its chunks are; give the action_horizon"):
+        Policy.load(STEP, robot="libero")
 
 
 def test_a_missing_camera_is_masked(policy, observation):

@@ -1,9 +1,10 @@
 """Compiles the inference call of a full-size model for one H100 that is not there, and prints what it holds, as JSON.
 
-    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_policy pi0_base|pi05_base auto|reference|triton [HLO]
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_policy PRESET auto|reference|triton [plain|guided] [HLO]
 
-One observation with three cameras and the longest prompt, ten Euler steps, weights as `Policy.load` reads them. HLO: a
-file for the compiled program. A process of its own, as `compile_h100`.
+One observation with three cameras and the longest prompt, ten Euler steps, weights as `Policy.load` reads them. PRESET:
+pi0_base or pi05_base. guided: by what is left of the last chunk (real-time chunking). HLO: a file for the compiled
+program. A process of its own, as `compile_h100`.
 """
 
 import json
@@ -21,20 +22,23 @@ from pi0fast import Observation, Pi0, config
 from pi0fast.execution import Execution
 from pi0fast.params import flatten, replace
 from pi0fast.pi0 import check_kernels
-from pi0fast.sampling import Sampler, matmul_weights
+from pi0fast.sampling import Guidance, Sampler, matmul_weights
 from tests import hlo
 from tests.aot import h100
 
 STAGES = ("siglip", "prefix", "state")
 
 
-def main(preset: str, kernels: str, written: str | None = None) -> None:
+def main(preset: str, kernels: str, kind: str = "plain", written: str | None = None) -> None:
     size = config.PRESETS[preset]()
     mesh, execution = h100.mesh(), Execution(kernels=kernels)  # pyright: ignore[reportArgumentType]
-    arguments = h100.place((abstract_sampler(size), *abstract_inputs(size)), NamedSharding(mesh, PartitionSpec()))
+    guide = () if kind == "plain" else abstract_guidance(size)
+    arguments = (abstract_sampler(size), *abstract_inputs(size), *guide)
+    arguments = h100.place(arguments, NamedSharding(mesh, PartitionSpec()))
 
-    def call(sampler, observation, noise):
-        return sampler(observation, noise, execution=execution)
+    def call(sampler, observation, noise, *guide):
+        guidance = Guidance(*guide, max_guidance=5.0) if guide else None
+        return sampler(observation, noise, guidance, execution=execution)
 
     with jax.set_mesh(mesh):
         check_kernels(size, execution)
@@ -54,6 +58,7 @@ def main(preset: str, kernels: str, written: str | None = None) -> None:
     figures = {
         "preset": preset,
         "kernels": kernels,
+        "call": kind,
         "compile_seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -100,6 +105,12 @@ def abstract_inputs(size: config.Pi0Config) -> tuple[Observation, jax.ShapeDtype
         "tokenized_prompt_mask": array(size.max_token_len, dtype=jnp.bool_),
     }
     return Observation(**fields), array(size.action_horizon, size.action_dim)
+
+
+def abstract_guidance(size: config.Pi0Config) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The target, and each step's weight."""
+    shape = (1, size.action_horizon, size.action_dim)
+    return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], jnp.float32)
 
 
 if __name__ == "__main__":

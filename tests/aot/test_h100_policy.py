@@ -20,12 +20,16 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module", params=["pi0_base", "pi05_base"])
-def figures(request) -> dict:
+def compiled(preset: str, kind: str) -> dict:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.aot.compile_h100_policy", request.param, "auto"]
+    command = [sys.executable, "-m", "tests.aot.compile_h100_policy", preset, "auto", kind]
     return json.loads(subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+
+@pytest.fixture(scope="module", params=["pi0_base", "pi05_base"])
+def figures(request) -> dict:
+    return compiled(request.param, "plain")
 
 
 def test_the_loop_never_copies_the_cache(figures):
@@ -50,6 +54,20 @@ def test_every_attention_and_norm_is_our_kernel_and_nothing_calls_the_host(figur
         "ada_rms_norm_forward": (2 * depth - 1) + (2 * state + bool(state)) + (2 * depth + 1),
     }
     assert figures["host_callbacks"] == 0
+
+
+def test_a_guided_step_runs_our_kernels_backwards_and_never_copies_the_cache():
+    figures = compiled("pi05_base", "guided")
+    depth = config.pi05_base().vlm.depth
+    assert figures["cache_sized_in_the_loop"] == {"update in place": 2 * depth}
+    assert figures["host_callbacks"] == 0
+    backward = {name: count for name, count in figures["triton_kernels"].items() if "forward" not in name}
+    backward.pop("prefix_lm_attention_combine")
+    assert backward == {
+        "prefix_lm_attention_dq": depth,
+        "prefix_lm_attention_dkv": depth,
+        "ada_rms_norm_backward": 2 * depth + 1,
+    }
 
 
 def test_a_step_is_few_launches(figures):

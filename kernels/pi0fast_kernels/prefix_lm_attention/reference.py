@@ -2,9 +2,8 @@
 
 Numerics: logits and softmax in float32; probabilities are cast to v's dtype before the second matmul.
 
-Memory: the logits of `BLOCK` queries at a time. Whole logits were too large for a CPU's caches and for what its
-allocator keeps: at [1, 816, 8, 64] a forward and backward pass took half as long again (46 against 28 ms, medians, two
-cores), much of it in page faults.
+Memory: the logits of `BLOCK` queries at a time. Whole logits are too large for a CPU's caches, and for what its
+allocator keeps from one call to the next.
 
 `attention` is what is differentiated and what kernels are checked against. `forward` and `backward` have the kernels'
 form, for programs that turn out to run where the kernel chosen while tracing cannot.
@@ -77,8 +76,8 @@ def backward(
 def _logits(q, k, key_start, key_end, scale):
     """Logits `[B, K, T, G, S]`, very negative where a query does not see a key.
 
-    In this order nothing moves where there is one key/value head; the mask is added, not selected with. On a CPU, where
-    this is what runs, moving and selecting took as long as all else.
+    In this order nothing moves where there is one key/value head; the mask is added, not selected with, so that it is
+    one more input of the product's loop on a CPU, where this is what runs.
     """
     (b, t, _, c), (s, num_kv_heads) = q.shape, k.shape[1:3]
     grouped = q.reshape(b, t, num_kv_heads, -1, c)
