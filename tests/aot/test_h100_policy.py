@@ -20,16 +20,26 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent.parent
 
 
-def compiled(preset: str, kind: str) -> dict:
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], dict]:
+    """What a call holds, by preset and kind; compiled side by side."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.aot.compile_h100_policy", preset, "auto", kind]
-    return json.loads(subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    command = [sys.executable, "-m", "tests.aot.compile_h100_policy"]
+    running = {
+        (preset, kind): subprocess.Popen(
+            [*command, preset, "auto", kind], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
+        for preset, kind in (("pi0_base", "plain"), ("pi05_base", "plain"), ("pi05_base", "guided"))
+    }
+    written = {case: process.communicate()[0] for case, process in running.items()}
+    assert not any(process.returncode for process in running.values())
+    return {case: json.loads(text) for case, text in written.items()}
 
 
-@pytest.fixture(scope="module", params=["pi0_base", "pi05_base"])
-def figures(request) -> dict:
-    return compiled(request.param, "plain")
+@pytest.fixture(params=["pi0_base", "pi05_base"])
+def figures(request, compiled) -> dict:
+    return compiled[request.param, "plain"]
 
 
 def test_the_loop_never_copies_the_cache(figures):
@@ -56,8 +66,8 @@ def test_every_attention_and_norm_is_our_kernel_and_nothing_calls_the_host(figur
     assert figures["host_callbacks"] == 0
 
 
-def test_a_guided_step_runs_our_kernels_backwards_and_never_copies_the_cache():
-    figures = compiled("pi05_base", "guided")
+def test_a_guided_step_runs_our_kernels_backwards_and_never_copies_the_cache(compiled):
+    figures = compiled["pi05_base", "guided"]
     depth = config.pi05_base().vlm.depth
     assert figures["cache_sized_in_the_loop"] == {"update in place": 2 * depth}
     assert figures["host_callbacks"] == 0
