@@ -78,12 +78,13 @@ class Settings:
     output: OutputSettings = field(default_factory=OutputSettings)
 
 
-# From scratch on a laptop: a higher rate, and no augmentation, whose crops would blur where a block is.
+# From scratch on a laptop: a higher rate, and no augmentation, whose crops would blur where a block is. After 1400
+# steps success depended on rounding: of 100 layouts one run solved 69, another, of the same seed, 99.
 TINY = Settings(
-    steps=1400,
+    steps=2400,
     batch_size=64,
     remat="none",
-    optim=OptimConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=100, decay_steps=1400),
+    optim=OptimConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=100, decay_steps=2400),
     input=InputSettings(tokenizer="demo", workers=0, augment=False),
     output=OutputSettings(save_every=500),
 )
