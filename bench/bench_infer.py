@@ -7,15 +7,14 @@ to see that the benchmarks themselves work. `-rs` lists why a peer was left out;
 
 Prompts are of some 12 tokens (Pi0) or 60 (Pi0.5, with the state); pi0fast pads them to their bucket. Every time is one
 call's, from its dispatch until its result is there. Attributes in `extra_info`: the sizes; p50, p95 and p99 of the
-rounds; and where the device's peaks are known, `floor` (`pi0fast.flops.inference`), and which fraction of the median
-that is. The peers' floor is ours: the least time of what has to be computed.
+rounds; `of_ceiling` and `of_peak`, which fraction of the median the least time is (`pi0fast.flops.inference`), by what
+this device does at most and by its datasheet. The peers' least time is ours: that of what has to be computed.
 
 Stages: *transforms* of one observation on the host, and those of `pi0fast.stages`, each compiled by itself: *vision*,
 *prefix* (embedded tokens and Pi0's state to keys and values) and *steps*, all ten.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,9 @@ import jax
 import numpy as np
 import pytest
 
-from bench import inference
+from bench import ceilings, inference, timing
 from bench.inference import Workload
+from bench.memory import KeepLast
 from pi0fast import Pi0, config, convert, flops
 from pi0fast.policy import Policy, Request
 from pi0fast.stages import Stages
@@ -66,25 +66,26 @@ def case(request) -> Case:
 # Made once for the tests that follow each other; one at a time, since released models fill a GPU.
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def params_of(preset: str) -> inference.Params:
     return inference.draw_params(config.PRESETS[preset]())
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def model_of(preset: str) -> Pi0:
     return convert.from_openpi(params_of(preset), config.PRESETS[preset]())
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def lerobot_of(preset: str) -> Any:
     from tests import lerobot_model
 
     return lerobot_model.build(config.PRESETS[preset]())
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def policy_of(case: Case) -> Policy:
+    stages_of.clear()
     return inference.make_policy(model_of(case.preset), case.workload(), case.batch, NUM_STEPS)
 
 
@@ -107,29 +108,33 @@ def measure(
     *,
     contender: str = "pi0fast",
 ) -> None:
-    """Time `run`. stage: `call`, `transforms`, or one of `Stages`."""
+    """Time `run`. stage: `policy`, with the host's transforms; `call`, without; `transforms`; or one of `Stages`."""
+    describe(benchmark, case, stage, contender)
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARMUP)
+    report(benchmark, case, stage)
+
+
+def describe(benchmark, case: Case, stage: str, contender: str) -> None:
     benchmark.group = f"inference {case.preset} cameras={case.num_cameras} batch={case.batch} {stage}"
     benchmark.extra_info.update(
         preset=case.preset, num_cameras=case.num_cameras, batch=case.batch, stage=stage, contender=contender
     )
-    benchmark.extra_info.update(prompt_len=prompt_len(case), num_steps=NUM_STEPS, dtype=case.size.dtype)
-    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=WARMUP)
-    if benchmark.enabled:
-        report(benchmark, case, stage, benchmark.stats.stats.data)
+    ours = contender == "pi0fast"
+    benchmark.extra_info.update(prompt_len=prompt_len(case), num_steps=NUM_STEPS, dtype=case.size.dtype, ours=ours)
 
 
-def report(benchmark, case: Case, stage: str, seconds: Sequence[float]) -> None:
-    """Percentiles, and the median's distance from the floor."""
-    percentiles = {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 99)}
+def report(benchmark, case: Case, stage: str) -> None:
+    """Percentiles, and the median's distance from the least times."""
+    if not benchmark.enabled:
+        return
+    percentiles = {f"p{p}": float(np.percentile(benchmark.stats.stats.data, p)) for p in (50, 95, 99)}
     benchmark.extra_info.update(percentiles)
-    device = flops.device(jax.devices()[0].device_kind)
-    if stage == "transforms" or device is None:
+    if stage == "transforms":
         return
     cost = flops.inference(case.size, case.num_cameras, prompt_len(case), batch_size=case.batch, evaluations=NUM_STEPS)
     once = {"vision": [cost.vision], "prefix": [cost.prefix, cost.state], "steps": NUM_STEPS * [cost.step]}
-    parts = [cost] if stage == "call" else once[stage]
-    floor = sum(part.floor_seconds(device) for part in parts)
-    benchmark.extra_info.update(floor=floor, fraction_of_floor=floor / percentiles["p50"])
+    every = [*once["vision"], *once["prefix"], *once["steps"]]
+    benchmark.extra_info.update(ceilings.rates(once.get(stage, every), percentiles["p50"]))
 
 
 # ── End to end ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -139,25 +144,32 @@ def test_policy(benchmark, case):
     """Observations in, the robot's actions out, host transforms included."""
     policy, observation = policy_of(case), case.workload().observation()
     if case.batch == 1:
-        measure(benchmark, case, lambda: policy.infer(observation))
+        measure(benchmark, case, lambda: policy.infer(observation), "policy")
     else:
-        measure(benchmark, case, lambda: policy.infer_batch([observation] * case.batch))
+        measure(benchmark, case, lambda: policy.infer_batch([observation] * case.batch), "policy")
 
 
-def test_run(benchmark, case):
-    """The same after the host transforms: what the peers below are given."""
-    run = inference.ours(policy_of(case), requests_of(case), case.workload().noise(case.batch))
-    measure(benchmark, case, run)
-
-
-def test_openpi_style(benchmark, case):
-    """Float32 results must be ours; in bfloat16 the difference is noted."""
+@KeepLast
+def in_turn(case: Case) -> tuple[dict[str, list[float]], float]:
+    """Seconds of ours and of the openpi-style baseline, by round, and the relative error between their results."""
     noise = case.workload().noise(case.batch)
-    run = inference.baseline(params_of(case.preset), case.size, requests_of(case), noise, NUM_STEPS)
-    error = inference.relative_error(run(), inference.ours(policy_of(case), requests_of(case), noise)())
+    ours = inference.ours(policy_of(case), requests_of(case), noise)
+    theirs = inference.baseline(params_of(case.preset), case.size, requests_of(case), noise, NUM_STEPS)
+    error = inference.relative_error(theirs(), ours())
     assert case.size.dtype != "float32" or error < inference.TOLERANCE
+    calls = {"pi0fast": timing.timed(ours), "openpi_style": timing.timed(theirs)}
+    return timing.interleaved(calls, ROUNDS), error
+
+
+@pytest.mark.benchmark(timer=timing.CLOCK)
+@pytest.mark.parametrize("contender", ["pi0fast", "openpi_style"])
+def test_run(benchmark, case, contender):
+    """After the host transforms. Float32 results must agree; in bfloat16 the difference is noted."""
+    seconds, error = in_turn(case)
+    describe(benchmark, case, "call", contender)
     benchmark.extra_info["relative_error"] = error
-    measure(benchmark, case, run, contender="openpi_style")
+    timing.CLOCK.replay(benchmark, seconds[contender])
+    report(benchmark, case, "call")
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch and lerobot deprecate is not ours to mend
@@ -173,7 +185,7 @@ def test_lerobot(benchmark, case, compiled):
 # ── Stages ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def stages_of(case: Case) -> Stages:
     policy = policy_of(case)
     noise = case.workload().noise(case.batch)

@@ -9,19 +9,16 @@ the benchmarks themselves work. `-rs` lists why a contender was left out; `-k "p
 residuals of a forward pass that was run before. What a contender keeps as residuals is its own choice: XLA's attention
 keeps its probabilities, which makes its backward pass short and its memory large.
 
-Timing. A round is several calls, dispatched without waiting; the host waits after the last, and pytest-benchmark
-divides. So the cost of dispatching is hidden behind the device unless a call takes less than the host needs to dispatch
-it (`dispatch_us`): then that is what is measured. Repeating a call inside one program would hide it too, but XLA may
-move, merge or drop such calls. The calls rotate over random inputs that together do not fit into the cache.
+Contenders of a case that are selected together are timed in turn, a round each (`bench.timing`). Their calls rotate
+over random inputs that together do not fit into the cache.
 
-Results. Each contender's first result is compared with the reference in float32 before it is timed: `max_error` beside
-the reference's own in the same precision. Attributes in `extra_info`: `flops` and `bytes` are what the case needs at
-least (its `cases.py`), `roofline` is the least time that the device's peaks allow, over the median.
+Each contender's first result is compared with the reference in float32 before it is timed: `max_error` beside the
+reference's own in the same precision. Attributes in `extra_info`: `flops` and `bytes` are what the case needs at least
+(its `cases.py`); `bench.ceilings` explains the rates.
 """
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +27,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import peers
+from bench import ceilings, peers, timing
+from bench.memory import KeepLast
 from bench.peers import Contender
-from pi0fast import flops
+from bench.timing import Calls
+from pi0fast.flops import Cost
 from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 from pi0fast_kernels.ada_rms_norm.cases import CASES as NORM_CASES
 from pi0fast_kernels.prefix_lm_attention.cases import CASES as ATTENTION_CASES
+
+pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
 
 GPU = peers.on_gpu()
 
@@ -132,43 +133,117 @@ def _parameters(op: Op) -> list[Any]:
 
 
 @pytest.mark.parametrize(("case", "backward", "contender"), _parameters(ATTENTION))
-def test_prefix_lm_attention(benchmark, case, backward, contender):
-    measure(benchmark, ATTENTION, case, backward, contender)
+def test_prefix_lm_attention(benchmark, request, case, backward, contender):
+    report(benchmark, request, ATTENTION, case, backward, contender)
 
 
 @pytest.mark.parametrize(("case", "backward", "contender"), _parameters(NORM))
-def test_ada_rms_norm(benchmark, case, backward, contender):
-    measure(benchmark, NORM, case, backward, contender)
+def test_ada_rms_norm(benchmark, request, case, backward, contender):
+    report(benchmark, request, NORM, case, backward, contender)
 
 
-def measure(benchmark, op: Op, case: Any, backward: bool, contender: Contender) -> None:
-    """Check the contender's first results, then time it."""
+def report(benchmark, request, op: Op, case: Any, backward: bool, contender: Contender) -> None:
+    outcome = _compare(op, case, backward, _selected(request))[contender.name]
+    if isinstance(outcome, BaseException):
+        raise outcome
+    if isinstance(outcome, str):
+        pytest.skip(f"{contender.name}: {outcome}")
+    direction = "backward" if backward else "forward"
+    benchmark.group = f"{op.name} {case.name} {direction}"
+    benchmark.extra_info.update(op=op.name, case=case.name, direction=direction, contender=contender.name)
+    benchmark.extra_info.update(outcome.info, ours=contender.ours)
+    timing.CLOCK.replay(benchmark, outcome.seconds)
+    if benchmark.enabled:
+        cost = Cost(case.flops(backward), case.bytes(backward))
+        benchmark.extra_info.update(ceilings.rates(cost, benchmark.stats.stats.median))
+
+
+def _selected(request) -> tuple[Contender, ...]:
+    """The contenders of this test's case and direction that are run at all."""
+    mine = request.node.callspec.params
+    return tuple(
+        item.callspec.params["contender"]
+        for item in request.session.items
+        if getattr(item, "function", None) is request.function
+        and all(item.callspec.params[name] == mine[name] for name in ("case", "backward"))
+    )
+
+
+@dataclass(frozen=True)
+class Timed:
+    """seconds: of one call, by round."""
+
+    info: dict[str, Any]
+    seconds: list[float]
+
+
+@KeepLast
+def _compare(
+    op: Op, case: Any, backward: bool, contenders: tuple[Contender, ...]
+) -> dict[str, Timed | str | BaseException]:
+    """Check each contender's first results, then time them in turn. By name: its times, why there are none, or what is
+    wrong with it."""
+    outcomes, calls, info = {}, {}, {}
+    for contender in contenders:
+        name = contender.name
+        try:
+            made = _prepare(op, case, backward, contender)
+            if isinstance(made, str):
+                outcomes[name] = made
+                continue
+            error = _check(op, case, contender, made.named(made.once()))
+            info[name] = {**made.calibrate(ROUND_SECONDS), "input_sets": len(made.arguments), **error}
+            calls[name] = made
+        except Exception as problem:
+            outcomes[name] = _refusal(contender, problem)
+    # On a CPU apart: PyTorch's threads would still be spinning while JAX is timed.
+    for apart in (False, True):
+        rounds = {
+            each.name: _guarded(each, calls[each.name], outcomes)
+            for each in contenders
+            if each.name in calls and (each.torch and not GPU) == apart
+        }
+        for name, seconds in timing.interleaved(rounds, ROUNDS).items():
+            outcomes.setdefault(name, Timed(info[name], seconds))
+    return outcomes
+
+
+def _refusal(contender: Contender, problem: Exception) -> str | BaseException:
+    """Why it has no times, or what is wrong with it; without the arrays that its traceback holds.
+
+    A peer may refuse what it likes, and anyone may run out of memory. A wrong result is no refusal.
+    """
+    if isinstance(problem, AssertionError) or (contender.ours and "RESOURCE_EXHAUSTED" not in str(problem)):
+        return problem.with_traceback(None)
+    return f"{type(problem).__name__}: {problem}".partition("\n")[0]
+
+
+def _guarded(contender: Contender, calls: Calls, outcomes: dict[str, Any]) -> Callable[[], float]:
+    """Rounds that go on without it where it fails, as when memory runs out between others' arrays."""
+
+    def run() -> float:
+        if contender.name in outcomes:
+            return math.nan
+        try:
+            return calls.round()
+        except Exception as problem:
+            outcomes[contender.name] = _refusal(contender, problem)
+            return math.nan
+
+    return run
+
+
+def _prepare(op: Op, case: Any, backward: bool, contender: Contender) -> "NamedCalls | str":
+    """Its calls, or why it has none."""
     if reason := contender.refusal(case, backward):
-        pytest.skip(f"{contender.name}: {reason}")
+        return reason
     sets = _sets(op, case)
     if contender.dtype != jnp.bfloat16:
         sets = _cast(sets, contender.dtype)
-    try:
-        calls = (_torch_calls if contender.torch else _jax_calls)(contender.build(case), sets, backward)
-        results = calls.results()
-    except Exception as problem:
-        # A peer may refuse what it likes, and anyone may run out of memory.
-        if contender.ours and "RESOURCE_EXHAUSTED" not in str(problem):
-            raise
-        pytest.skip(f"{contender.name}: {type(problem).__name__}: {problem}".partition("\n")[0])
-    error = _check(op, case, contender, results)
-    del results
-
-    direction = "backward" if backward else "forward"
-    benchmark.group = f"{op.name} {case.name} {direction}"
-    benchmark.extra_info.update(op=op.name, case=case.name, direction=direction, implementation=contender.name)
-    benchmark.extra_info.update(calls.calibrate(), input_sets=len(sets), **error)
-    benchmark.pedantic(calls, rounds=ROUNDS, iterations=calls.in_flight, warmup_rounds=1)
-    if benchmark.enabled:
-        benchmark.extra_info.update(_rates(case, backward, benchmark.stats.stats.median))
+    return (_torch_calls if contender.torch else _jax_calls)(contender.build(case), sets, backward)
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def _sets(op: Op, case: Any) -> list[tuple[dict[str, Any], Any]]:
     """Random arrays, and cotangents of what comes out."""
 
@@ -189,54 +264,26 @@ def _cast(arrays: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, arrays)
 
 
-class Calls:
-    """Calls a function over arguments in turn, and waits for the device after every `in_flight` calls.
-
-    named: what the function returns → JAX arrays by name.
-    """
+class NamedCalls(Calls):
+    """named: what the function returns → JAX arrays by name."""
 
     def __init__(self, run: Callable[..., Any], arguments: list[Any], wait: Callable[[Any], Any], named: Any):
-        self.run, self.arguments, self.wait, self.named = run, arguments, wait, named
-        self.in_flight = 1
-        self.count = 0
-
-    def __call__(self) -> None:
-        result = self.run(*self.arguments[self.count % len(self.arguments)])
-        self.count += 1
-        if self.count % self.in_flight == 0:
-            self.wait(result)
-
-    def results(self) -> Arrays:
-        return self.named(self.run(*self.arguments[0]))
-
-    def calibrate(self) -> dict[str, float]:
-        """Choose how many calls fill a round: on a CPU one, since several would run side by side there."""
-        few = 8
-        for _ in range(few):
-            self()
-        self.in_flight, self.count = few, 0
-        start = time.perf_counter()
-        for _ in range(few - 1):
-            self()
-        dispatched = time.perf_counter()
-        self()
-        seconds = (time.perf_counter() - start) / few
-        self.in_flight, self.count = max(1, min(math.ceil(ROUND_SECONDS / seconds), 1000)), 0
-        return {"calls_per_round": self.in_flight, "dispatch_us": (dispatched - start) / (few - 1) * 1e6}
+        super().__init__(run, arguments, wait)
+        self.named = named
 
 
-def _jax_calls(function: Callable[..., Any], sets: list[Any], backward: bool) -> Calls:
+def _jax_calls(function: Callable[..., Any], sets: list[Any], backward: bool) -> NamedCalls:
     if not backward:
         run = jax.jit(lambda arrays: function(**arrays))
         arguments = [(arrays,) for arrays, _ in sets]
-        return Calls(run, arguments, jax.block_until_ready, lambda out: _named(jax.tree.leaves(out)))
+        return NamedCalls(run, arguments, jax.block_until_ready, lambda out: _named(jax.tree.leaves(out)))
     residuals = jax.jit(lambda arrays: _vjp(function, arrays))
     run = jax.jit(lambda vjp, cotangents: vjp(cotangents)[0])
     arguments = [(residuals(arrays), cotangents) for arrays, cotangents in sets]
-    return Calls(run, arguments, jax.block_until_ready, _gradients)
+    return NamedCalls(run, arguments, jax.block_until_ready, _gradients)
 
 
-def _torch_calls(function: Callable[..., Any], sets: list[Any], backward: bool) -> Calls:
+def _torch_calls(function: Callable[..., Any], sets: list[Any], backward: bool) -> NamedCalls:
     torch = peers.torch()
 
     def wait(_):
@@ -247,7 +294,7 @@ def _torch_calls(function: Callable[..., Any], sets: list[Any], backward: bool) 
     if not backward:
         run = torch.no_grad()(lambda tensors: function(**tensors))
         arguments = [(one,) for one in tensors]
-        return Calls(run, arguments, wait, lambda out: _named([peers.to_jax(x) for x in jax.tree.leaves(out)]))
+        return NamedCalls(run, arguments, wait, lambda out: _named([peers.to_jax(x) for x in jax.tree.leaves(out)]))
     names = [name for name, x in tensors[0].items() if x is not None and x.is_floating_point()]
     arguments = []
     for one, (_, cotangents) in zip(tensors, sets, strict=True):
@@ -255,7 +302,9 @@ def _torch_calls(function: Callable[..., Any], sets: list[Any], backward: bool) 
         out = jax.tree.leaves(function(**one))
         arguments.append((out, leaves, [peers.to_torch(x) for x in jax.tree.leaves(cotangents)]))
     run = functools.partial(torch.autograd.grad, retain_graph=True)
-    return Calls(run, arguments, wait, lambda got: _gradients(dict(zip(names, map(peers.to_jax, got), strict=True))))
+    return NamedCalls(
+        run, arguments, wait, lambda got: _gradients(dict(zip(names, map(peers.to_jax, got), strict=True)))
+    )
 
 
 def _vjp(function: Callable[..., Any], arrays: dict[str, Any]) -> Callable[..., Any]:
@@ -273,7 +322,7 @@ def _gradients(gradients: Arrays) -> Arrays:
     return {f"d{name}": x for name, x in gradients.items()}
 
 
-@functools.lru_cache(maxsize=1)
+@KeepLast
 def _expected(op: Op, case: Any) -> tuple[Arrays, dict[str, Any]]:
     """The reference's results and gradients in float32, and the errors of those in the inputs' own precision."""
     run = op.run(case, "reference")
@@ -317,17 +366,3 @@ def _check(op: Op, case: Any, contender: Contender, results: Arrays) -> dict[str
             if kind == "max" and error / limit >= worst.get("ratio", 0.0):
                 worst = {"ratio": error / limit, "max_error": error, "reference_max_error": own}
     return {name: worst[name] for name in ("max_error", "reference_max_error")}
-
-
-def _rates(case: Any, backward: bool, seconds: float) -> dict[str, float]:
-    """Work and traffic per second; and the least time over this one, where the device's peaks are known."""
-    work, traffic = case.flops(backward), case.bytes(backward)
-    rates = {
-        "flops": work,
-        "bytes": traffic,
-        "tflops_per_s": work / seconds / 1e12,
-        "gb_per_s": traffic / seconds / 1e9,
-    }
-    if device := flops.device(jax.devices()[0].device_kind):
-        rates["roofline"] = flops.Cost(work, traffic).floor_seconds(device) / seconds
-    return rates

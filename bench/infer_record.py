@@ -16,22 +16,18 @@ import argparse
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import inference, peers
-from bench.inference import Params, Workload
+from bench import inference, peers, timing
+from bench.inference import Workload
 from bench.provenance import provenance
 from pi0fast import convert
 from pi0fast.config import PRESETS, Pi0Config
 
 NUM_STEPS = 10
-
-Call = Callable[[], np.ndarray]
 
 
 def cases(config: Pi0Config) -> list[tuple[int, int]]:
@@ -41,20 +37,9 @@ def cases(config: Pi0Config) -> list[tuple[int, int]]:
     return [(every, short), (1, short), (every, longest)]
 
 
-def weights(config: Pi0Config) -> tuple[Params, Any]:
-    """By openpi's names, and lerobot's model with the same, or None without lerobot."""
-    if reason := inference.lerobot_refusal(config, compiled=False):
-        print(f"lerobot's policy is left out: {reason}")
-        return inference.draw_params(config), None
-    from tests import lerobot_model, lerobot_weights
-
-    model = lerobot_model.build(config)
-    return lerobot_weights.to_openpi(lerobot_model.weights(model), config), model
-
-
 def record(preset: str, rounds: int) -> list[dict[str, Any]]:
     config = PRESETS[preset]()
-    params, lerobot = weights(config)
+    params, lerobot = inference.weights(config)
     model = convert.from_openpi(params, config)
     results = []
     for num_cameras, prompt_tokens in cases(config):
@@ -69,11 +54,11 @@ def record(preset: str, rounds: int) -> list[dict[str, Any]]:
         errors = {"pi0fast": inference.relative_error(ours(), expected)}
         if errors["pi0fast"] > inference.TOLERANCE:
             raise ValueError(f"{preset}: pi0fast and the baseline differ by {errors['pi0fast']:.1e}; nothing was timed")
-        seconds = interleaved(calls, rounds)
+        seconds = timing.interleaved({name: timing.timed(call) for name, call in calls.items()}, rounds)
         if lerobot is not None:
             theirs = inference.lerobot(lerobot, config, [request], noise, NUM_STEPS, compiled=False)
             errors["lerobot_eager"] = inference.relative_error(theirs(), expected)
-            seconds |= interleaved({"lerobot_eager": theirs}, rounds)
+            seconds |= timing.interleaved({"lerobot_eager": timing.timed(theirs)}, rounds)
         medians = {name: float(np.median(times)) for name, times in seconds.items()}
         results.append(
             {
@@ -90,18 +75,6 @@ def record(preset: str, rounds: int) -> list[dict[str, Any]]:
         )
         print(json.dumps({key: value for key, value in results[-1].items() if key != "seconds"}, indent=1))
     return results
-
-
-def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other in every round, after one round that does not count."""
-    seconds = {name: [] for name in calls}
-    for number in range(1 + rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def main() -> None:

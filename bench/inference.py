@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from bench import openpi_style, peers
-from pi0fast import Observation, Pi0, convert
+from pi0fast import Observation, Pi0, convert, convert_lerobot_rules
 from pi0fast.config import Pi0Config
 from pi0fast.normalize import NormStats
 from pi0fast.policy import Policy, Request, default_buckets
@@ -59,7 +59,7 @@ class Workload:
         rng, robot = np.random.default_rng(0), self.robot()
         images = {key: rng.integers(0, 256, (*self.image_shape, 3), dtype=np.uint8) for key in robot.cameras.values()}
         state = rng.uniform(-1, 1, robot.state_dim)
-        return {**images, "state": state, "prompt": self._prompt(state if self.config.pi05 else None)}
+        return {**images, "state": state, "prompt": self._prompt(state if self.config.state_mode == "prompt" else None)}
 
     def noise(self, batch: int) -> np.ndarray:
         shape = (batch, self.config.action_horizon, self.config.action_dim)
@@ -85,6 +85,17 @@ def draw_params(config: Pi0Config) -> Params:
     return {path: weight(path, shape) for path, shape in convert.openpi_shapes(config).items()}
 
 
+def weights(config: Pi0Config) -> tuple[Params, Any]:
+    """By openpi's names, and lerobot's model with the same, or None without lerobot."""
+    if reason := lerobot_refusal(config, compiled=False):
+        print(f"lerobot's policy is left out: {reason}")
+        return draw_params(config), None
+    from tests import lerobot_model
+
+    model = lerobot_model.build(config)
+    return convert_lerobot_rules.to_openpi(lerobot_model.weights(model), config), model
+
+
 # ── Contenders: calls that return normalised actions [B, H, A] on the host ────────────────────────────────────────────
 
 
@@ -98,7 +109,9 @@ def baseline(
 ) -> Callable[[], np.ndarray]:
     """The openpi-style sampler, weights and inputs on the device beforehand."""
     run = jax.jit(openpi_style.sample_actions, static_argnums=(1, 4))
-    weights, observation, start = jax.device_put((params, all_cameras(config, requests), noise))
+    weights, observation, start = jax.device_put(
+        (params, all_cameras(config, [request.inputs for request in requests]), noise)
+    )
     return lambda: np.asarray(run(weights, config, observation, start, num_steps))
 
 
@@ -116,7 +129,7 @@ def lerobot(
     from tests import lerobot_model
 
     torch, device = peers.torch(), peers.torch_device()
-    arguments = lerobot_model.arguments(config, all_cameras(config, requests))
+    arguments = lerobot_model.arguments(config, all_cameras(config, [request.inputs for request in requests]))
     start = torch.tensor(noise)
     if compiled:
         torch.compiler.reset()
@@ -130,14 +143,14 @@ def lerobot(
     return lambda: sample(images, masks, *rest, noise=start, num_steps=num_steps).float().cpu().numpy()
 
 
-def all_cameras(config: Pi0Config, requests: Sequence[Request]) -> Observation:
-    """The batch as openpi sees it: every camera of the model, missing ones black and masked, prompts padded."""
-    inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *(request.inputs for request in requests))
-    shape = (len(requests), config.image_size, config.image_size, 3)
-    images = {camera: inputs["images"].get(camera, np.zeros(shape, np.uint8)) for camera in config.cameras}
-    nothing = np.zeros(len(requests), bool)
-    masks = {camera: inputs["image_masks"].get(camera, nothing) for camera in config.cameras}
-    return Observation(**{**inputs, "images": images, "image_masks": masks})
+def all_cameras(config: Pi0Config, inputs: Sequence[Mapping[str, Any]]) -> Observation:
+    """Samples of `SampleTransform` as openpi sees them: every camera of the model, missing ones black and masked."""
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
+    shape = (len(inputs), config.image_size, config.image_size, 3)
+    images = {camera: batch["images"].get(camera, np.zeros(shape, np.uint8)) for camera in config.cameras}
+    nothing = np.zeros(len(inputs), bool)
+    masks = {camera: batch["image_masks"].get(camera, nothing) for camera in config.cameras}
+    return Observation(**{**batch, "images": images, "image_masks": masks})
 
 
 def make_policy(model: Pi0, workload: Workload, batch: int, num_steps: int) -> Policy:

@@ -8,13 +8,14 @@ not:
   the last layer of the prefix computes what nothing reads.
 - Attention by two einsums with a dense `[B, T, S]` mask from a cumulative sum.
 - Prompts padded to `max_token_len`; masked cameras computed; one pass of SigLIP per camera.
-- Training keeps the inputs of each layer and recomputes all else.
+- Training keeps the inputs of each layer and recomputes all else. Under a mesh (`bench.openpi_fsdp`) activations are
+  constrained where openpi's are.
 - Sampling: a while loop over a float time; every step concatenates the prefix's keys and values with its own, and
   computes time embedding, AdaRMS modulations and Pi0's state token again.
 
-Left out, since it is not the model: augmentation, sharding, host transforms. Parameters are a flat dictionary by
-openpi's names (`pi0fast.convert.to_openpi`), in any dtype; letters as in `pi0fast.pi0`, experts by the end of their
-parameters' names ("" the VLM, "_1" the action expert).
+Left out, since it is not the model: augmentation, sharding of parameters, host transforms. Parameters are a flat
+dictionary by openpi's names (`pi0fast.convert.to_openpi`), in any dtype; letters as in `pi0fast.pi0`, experts by the
+end of their parameters' names ("" the VLM, "_1" the action expert).
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pi0fast.config import Pi0Config
@@ -109,8 +111,8 @@ def _embed_prefix(
     for camera in config.cameras:
         tokens.append(_siglip(params, config, observation.images[camera]))
         valid.append(jnp.broadcast_to(observation.image_masks[camera][:, None], tokens[-1].shape[:2]))
-    embedding = params[f"{LLM}/embedder/input_embedding"].astype(config.dtype)
-    tokens.append(embedding[observation.tokenized_prompt] * jnp.asarray(config.vlm.width**0.5, embedding.dtype))
+    prompt = params[f"{LLM}/embedder/input_embedding"][observation.tokenized_prompt]
+    tokens.append((prompt * jnp.asarray(config.vlm.width**0.5, prompt.dtype)).astype(config.dtype))
     valid.append(observation.tokenized_prompt_mask)
     return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
 
@@ -173,8 +175,10 @@ def _transformer(
 def _layer(weights: Params, tokens: Tokens, positions: Array, mask: Array, cond: Array | None, cached):
     """One layer; weights by openpi's names below `layers`, without the layer axis."""
     gates, parts = {}, []
+    tokens = {expert: _split(x) for expert, x in tokens.items()}
     for expert, x in tokens.items():
         h, gates[expert] = _rms_norm(weights, f"pre_attention_norm{expert}", x, cond)
+        h = _split(h)
         q = jnp.einsum("btd,ndc->btnc", h, weights[f"attn/q_einsum{expert}/w"].astype(h.dtype))
         k, v = jnp.einsum("bsd,zkdc->zbskc", h, weights[f"attn/kv_einsum{expert}/w"].astype(h.dtype))
         parts.append((q, k, v))
@@ -189,11 +193,12 @@ def _layer(weights: Params, tokens: Tokens, positions: Array, mask: Array, cond:
         own = attended[:, start : start + x.shape[1]]
         start += x.shape[1]
         y = jnp.einsum("btnc,ncd->btd", own, weights[f"attn/attn_vec_einsum{expert}/w"].astype(x.dtype))
-        x = _gated(x, y, gates[expert])
+        x = _split(_gated(x, _split(y), gates[expert]))
         h, gate = _rms_norm(weights, f"pre_ffw_norm{expert}", x, cond)
         gating = weights[f"mlp{expert}/gating_einsum"].astype(x.dtype)
         hidden = jax.nn.gelu(h @ gating[0], approximate=True) * (h @ gating[1])
-        out[expert] = _gated(x, hidden @ weights[f"mlp{expert}/linear"].astype(x.dtype), gate)
+        y = _split(hidden @ weights[f"mlp{expert}/linear"].astype(x.dtype))
+        out[expert] = _split(_gated(x, y, gate))
     return out, (k, v)
 
 
@@ -251,6 +256,7 @@ def _siglip(params: Params, config: Pi0Config, images: Array) -> Float[Array, "B
 
 def _encoder_layer(x: Float[Array, "B T D"], weights: Params) -> tuple[Float[Array, "B T D"], None]:
     attn = "MultiHeadDotProductAttention_0"
+    x = _split(x)
     h = _layer_norm(weights, "LayerNorm_0", x)
     q, k, v = (
         jnp.einsum("btd,dnc->btnc", h, weights[f"{attn}/{part}/kernel"].astype(x.dtype))
@@ -260,9 +266,9 @@ def _encoder_layer(x: Float[Array, "B T D"], weights: Params) -> tuple[Float[Arr
     logits = jnp.einsum("btnc,bsnc->bnts", q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k)
     attended = jnp.einsum("bnts,bsnc->btnc", jax.nn.softmax(logits, axis=-1), v)
     out = jnp.einsum("btnc,ncd->btd", attended, weights[f"{attn}/out/kernel"].astype(x.dtype))
-    x = x + out + weights[f"{attn}/out/bias"].astype(x.dtype)
+    x = x + _split(out + weights[f"{attn}/out/bias"].astype(x.dtype))
     h = jax.nn.gelu(_linear(weights, "MlpBlock_0/Dense_0", _layer_norm(weights, "LayerNorm_1", x)), approximate=True)
-    return x + _linear(weights, "MlpBlock_0/Dense_1", h), None
+    return _split(x + _split(_linear(weights, "MlpBlock_0/Dense_1", h))), None
 
 
 def _layer_norm(weights: Params, name: str, x: Array) -> Array:
@@ -278,3 +284,9 @@ def _linear(weights: Params, name: str, x: Array) -> Array:
 
 def _below(params: Params, prefix: str) -> Params:
     return {path.removeprefix(f"{prefix}/"): array for path, array in params.items() if path.startswith(f"{prefix}/")}
+
+
+def _split(x: Array) -> Array:
+    """x, its batch constrained to lie over all axes of the mesh in context, if there is one."""
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    return lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x

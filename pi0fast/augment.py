@@ -1,10 +1,10 @@
-"""Training-time image augmentation on the device, by augmax. Nothing else imports augmax."""
+"""Training-time image augmentation on the device, by augmax. Nothing else imports augmax, and training without
+augmentation does without."""
 
 import dataclasses
 from functools import partial
 from typing import Any
 
-import augmax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -30,6 +30,8 @@ def augment(observation: Observation, keys: Key[Array, " B"]) -> Observation:
 
 
 def _augment_one(camera: str, key: Key[Array, ""], image: Float[Array, "height width 3"]) -> Any:
+    import augmax
+
     height, width, _ = image.shape
     transforms = []
     if "wrist" not in camera:

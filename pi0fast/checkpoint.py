@@ -2,43 +2,53 @@
 
     RUN/config.json                      what the model, the robot and the training are
     RUN/metrics.jsonl                    one line per logged step
+    RUN/validation.jsonl                 one line per evaluation on held-out episodes
     RUN/checkpoints/<step>/params        the weights that inference uses (the average, when there is one)
     RUN/checkpoints/<step>/train_state   what else training needs to go on: step, optimizer state, raw weights
     RUN/checkpoints/<step>/loader        the position in the data
     RUN/checkpoints/<step>/assets        normalisation statistics
+    RUN/checkpoints/<step>/checksums     of the four above (`pi0fast.integrity`), compared whenever they are read
+    RUN/checkpoints/<step>/metrics       what validation at this step gave, where there was one
     RUN/dead                             openpi's dead parameters, where the run began from an openpi checkpoint
+    RUN/dead_lerobot                     lerobot's, where the run was converted from a policy of its
+    RUN/set_aside/<step>                 checkpoints newer than one that training was told to go on from
 
 orbax saves asynchronously into a temporary folder and renames it when complete, so a checkpoint is whole or absent. It
-stores global arrays; a checkpoint restores onto any mesh.
+stores global arrays; a checkpoint restores onto any mesh and any number of processes.
 """
 
 import dataclasses
+import itertools
 import json
-import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
-from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
-from jaxtyping import Array, DTypeLike
+from jax.experimental import multihost_utils
+from jaxtyping import Array
+from orbax.checkpoint import checkpoint_managers as policies
 
 from pi0fast import config as configs
-from pi0fast import normalize
+from pi0fast import integrity, normalize
 from pi0fast.config import Pi0Config
+from pi0fast.integrity import CorruptCheckpointError
 from pi0fast.normalize import NormStats
 from pi0fast.robots import Robot
+from pi0fast.storage import check_shapes, load_arrays, nest
+
+Step = int | Literal["best"]  # which checkpoint: that of a step, or of the lowest validation loss
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What a run is, as `config.json` holds it.
 
-    robot: None in a checkpoint converted from openpi, which does not say.
+    robot: None in a converted checkpoint whose robot was not given.
     tokenizer: `demo`, `paligemma`, or the path of a sentencepiece model.
     train: the trainer's settings, for the record and for resuming.
     """
@@ -62,35 +72,62 @@ class RunConfig:
 
     @staticmethod
     def load(run: Path) -> "RunConfig":
-        """Raises: FileNotFoundError if the folder is not a run."""
+        """Raises: FileNotFoundError if the folder is not a run; CorruptCheckpointError if config.json does not read."""
         path = run / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{run} is not a run: it has no config.json; give the folder that --out named")
-        fields = json.loads(path.read_text())
-        return RunConfig(
-            model=configs.from_dict(fields["model"]),
-            robot=fields["robot"] and Robot.from_dict(fields["robot"]),
-            tokenizer=fields["tokenizer"],
-            train=fields["train"],
-        )
+        try:
+            fields = json.loads(path.read_text())
+            return RunConfig(
+                model=configs.from_dict(fields["model"]),
+                robot=fields["robot"] and Robot.from_dict(fields["robot"]),
+                tokenizer=fields["tokenizer"],
+                train=fields["train"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCheckpointError(
+                f"{path} cannot be read: {type(error).__name__}: {error}. The checkpoints beside it do not depend on "
+                "it: start a run with the same flags in another folder and copy the config.json that it writes"
+            ) from error
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written."""
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    keep_last: how many of the newest are kept; keep_every: those at multiples of it are kept for good.
+    keep_last: how many of the newest are kept; keep_every: those at multiples of it are kept for good. keep_best: the
+    one with the lowest validation loss is kept, too.
     """
 
-    def __init__(self, run: Path, *, keep_last: int = 2, keep_every: int | None = None):
+    def __init__(self, run: Path, *, keep_last: int = 2, keep_every: int | None = None, keep_best: bool = False):
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep_last)]
+        if keep_every is not None:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=_validation_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+                )
+            )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=_validation_loss if keep_best else None,  # without one, orbax writes no metrics
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "train_state": ocp.StandardCheckpointHandler(),
             "loader": ocp.JsonCheckpointHandler("position.json"),
             "assets": ocp.JsonCheckpointHandler("norm_stats.json"),
+            "checksums": ocp.JsonCheckpointHandler("checksums.json"),
         }
+        self._run, self._keep_best = run, keep_best
+        self._step: int | None = None  # that is being written
         self._manager = ocp.CheckpointManager(run.absolute() / "checkpoints", options=options, item_handlers=handlers)
 
     def save(
@@ -101,39 +138,51 @@ class Checkpoints:
         norm_stats: Mapping[str, NormStats],
         train_state: Any = None,
         loader: Mapping[str, Any] | None = None,
+        validation: Mapping[str, float] | None = None,
     ) -> None:
         """Copies the arrays off the device, then writes in the background.
 
         params: weights by path. A checkpoint without train_state and loader serves inference and a new run only.
-        """
-        items = {
-            "params": ocp.args.StandardSave(_nest(params)),
-            "assets": ocp.args.JsonSave(normalize.to_dict(norm_stats)),
-        }
-        if train_state is not None and loader is not None:
-            items["train_state"] = ocp.args.StandardSave(_leaves(train_state))
-            items["loader"] = ocp.args.JsonSave(dict(loader))
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        validation: what an evaluation of these params gave, its "loss" among it; kept where the best is.
 
-    def restore(
-        self, step: int, params: Mapping[str, jax.ShapeDtypeStruct], train_state: Any
-    ) -> tuple[dict[str, Array], Any, dict[str, Any]]:
-        """params, train_state and loader position; the first two as abstract arrays that say where they go."""
-        leaves = _leaves(train_state)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_nest(params)),
-                train_state=ocp.args.StandardRestore(leaves),
-                loader=ocp.args.JsonRestore(),
-            ),
-        )
-        restored = jax.tree.unflatten(jax.tree.structure(train_state), [items["train_state"][key] for key in leaves])
-        return _flat(items["params"]), restored, items["loader"]
+        Raises:
+            SaveError: this checkpoint, or the one before, which was still being written, could not be.
+        """
+        stats = normalize.to_dict(norm_stats)
+        items = {"params": ocp.args.StandardSave(nest(params)), "assets": ocp.args.JsonSave(stats)}
+        sums = {"params": integrity.checksums(params), "assets": integrity.json_checksum(stats)}
+        if train_state is not None and loader is not None:
+            leaves = leaves_by_path(train_state)
+            items["train_state"] = ocp.args.StandardSave(leaves)
+            items["loader"] = ocp.args.JsonSave(dict(loader))
+            sums |= {"train_state": integrity.checksums(leaves), "loader": integrity.json_checksum(dict(loader))}
+        items["checksums"] = ocp.args.JsonSave({**sums, "checksums": integrity.json_checksum(sums)})
+        with self._written():
+            self._manager.wait_until_finished()
+            self._step = step
+            metrics = dict(validation or {}) if self._keep_best else None
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def close(self) -> None:
-        """Waits for the last save."""
-        self._manager.close()
+        """Waits for the last save. Raises: SaveError, as `save`."""
+        try:
+            with self._written():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """orbax raises what its threads and the file system raise."""
+        try:
+            yield
+        except Exception as error:
+            whole = [str(step) for step in steps(self._run) if step != self._step]
+            kept = f"The checkpoints of steps {', '.join(whole)} are kept" if whole else "There is no earlier one"
+            raise SaveError(
+                f"the checkpoint of step {self._step} could not be written to {self._run / 'checkpoints'}: "
+                f"{integrity.cause(error)}. {kept}; make room there, then go on with --resume"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -142,106 +191,148 @@ class Checkpoints:
         self.close()
 
 
-def _quiet(record: logging.LogRecord) -> bool:
-    """orbax warns that a folder of arrays is not a whole checkpoint of its own; here it never is."""
-    return "Metadata file does not exist" not in record.getMessage()
+def restore(
+    run: Path, step: int, params: Mapping[str, jax.ShapeDtypeStruct], train_state: Any
+) -> tuple[dict[str, Array], Any, dict[str, Any]]:
+    """params, train_state and loader position; the first two as abstract arrays that say where they go.
 
-
-logging.getLogger("absl").addFilter(_quiet)
-
-
-def array_shapes(folder: epath.Path | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arrays saved in a folder, by path. Raises: FileNotFoundError if there are none."""
-    if not (folder / "_METADATA").exists():
-        raise FileNotFoundError(f"{folder} holds no orbax arrays (no _METADATA); is it a checkpoint that was cut off?")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree).items()}
-
-
-def check_shapes(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises: ValueError, listing every array of the folder that is missing, extra or of another shape."""
-    problems = shape_problems({path: stored.shape for path, stored in array_shapes(folder).items()}, expected)
-    if problems:
-        raise ValueError(
-            f"{folder} does not fit this model; use the preset it was trained with:\n  " + "\n  ".join(problems)
-        )
-
-
-def shape_problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One line for each array that is missing, extra or of another shape."""
-    return [
-        *(f"missing: {path} {shape}" for path, shape in expected.items() if path not in found),
-        *(f"extra: {path} {tuple(shape)}" for path, shape in found.items() if path not in expected),
-        *(
-            f"misshaped: {path} is {tuple(found[path])}, expected {shape}"
-            for path, shape in expected.items()
-            if path in found and tuple(found[path]) != shape
-        ),
-    ]
-
-
-def load_arrays(
-    folder: epath.Path | Path,
-    *,
-    shardings: Mapping[str, Sharding] | None = None,
-    dtypes: Mapping[str, DTypeLike] | None = None,
-) -> dict[str, Array]:
-    """Arrays by path, each read straight to where it goes (the default device without `shardings`).
-
-    dtypes: cast to these while reading; a path that is left out keeps its stored dtype.
+    Raises:
+        CorruptCheckpointError: naming the folder, what is damaged, and the checkpoint before it.
+        ValueError: listing every array that is missing, extra or of another shape.
     """
-    default = SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        path: jax.ShapeDtypeStruct(
-            stored.shape,
-            (dtypes or {}).get(path, stored.dtype),
-            sharding=shardings[path] if shardings is not None else default,
+    folder, leaves = step_folder(run, step), leaves_by_path(train_state)
+    arrays, state = (
+        load_item(
+            folder,
+            item,
+            shapes={path: leaf.shape for path, leaf in abstract.items()},
+            shardings={path: leaf.sharding for path, leaf in abstract.items()},
+            dtypes={path: leaf.dtype for path, leaf in abstract.items()},
         )
-        for path, stored in array_shapes(folder).items()
-    }
-    tree = _nest(abstract)
-    args = ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return _flat(checkpointer.restore(folder.absolute(), args=args))
+        for item, abstract in (("params", params), ("train_state", leaves))
+    )
+    restored = jax.tree.unflatten(jax.tree.structure(train_state), [state[path] for path in leaves])
+    return arrays, restored, _load_json(folder, "loader", "position.json", read_checksums(folder))
 
 
-def save_arrays(folder: Path, arrays: Mapping[str, Array]) -> None:
-    """Arrays by path; the folder is there when all of it is."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(_nest(arrays)))
+def load_item(
+    step: Path, item: str, *, shapes: Mapping[str, tuple[int, ...]] | None = None, **options: Any
+) -> dict[str, Array]:
+    """The arrays of a checkpoint's `params` or `train_state`, against their checksums.
+
+    A checkpoint without checksums, from before there were any, loads unchecked.
+
+    shapes: what they must be. options: those of `storage.load_arrays`.
+
+    Raises:
+        CorruptCheckpointError: naming the folder, what is damaged, and the checkpoint before it.
+        ValueError: listing every array that is missing, extra or of another shape.
+    """
+    sums = read_checksums(step)
+    if not (step / item / "_METADATA").exists():
+        raise integrity.damaged(step, f"it has no {item}/_METADATA")
+    if shapes is not None:
+        check_shapes(step / item, shapes)
+    return load_arrays(step / item, checksums=sums and sums[item], **options)
+
+
+def load_stats(step: Path) -> dict[str, NormStats]:
+    """The normalisation statistics of a checkpoint. Raises: CorruptCheckpointError, as `load_item`."""
+    _load_json(step, "assets", "norm_stats.json", read_checksums(step))
+    return normalize.load(step / "assets" / "norm_stats.json")
+
+
+def read_checksums(step: Path) -> dict[str, Any] | None:
+    """What was saved, by item: one number, or one for each array. None where the checkpoint has none."""
+    if not (step / "checksums").exists():
+        return None
+    sums = _load_json(step, "checksums", "checksums.json", None)
+    if not isinstance(sums, dict) or sums.pop("checksums", None) != integrity.json_checksum(sums):
+        raise integrity.damaged(step, "checksums/checksums.json holds other values than were saved")
+    return sums
+
+
+def _load_json(step: Path, item: str, name: str, sums: Mapping[str, Any] | None) -> Any:
+    try:
+        value = json.loads((step / item / name).read_text())
+    except (OSError, ValueError) as error:
+        raise integrity.damaged(step, f"{item}/{name} cannot be read: {integrity.cause(error)}") from error
+    if sums is not None and sums[item] != integrity.json_checksum(value):
+        raise integrity.damaged(step, f"{item}/{name} holds other values than were saved")
+    return value
+
+
+def steps(run: Path) -> list[int]:
+    """The complete checkpoints' steps, oldest first. orbax renames a checkpoint to its step once it is whole."""
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
 
 
 def newest_step(run: Path) -> int | None:
-    """The newest complete checkpoint's step. orbax renames a checkpoint to its step once it is whole."""
-    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=None)
+    return max(steps(run), default=None)
+
+
+def step_to_resume(run: Path, chosen: int | None) -> int | None:
+    """The chosen checkpoint's step, or the newest's; None without any.
+
+    Raises: FileNotFoundError, listing the steps there are, if the chosen one is none of them.
+    """
+    if chosen is not None and chosen not in steps(run):
+        raise FileNotFoundError(f"{run} has no checkpoint of step {chosen}; it has those of {steps(run)}")
+    return newest_step(run) if chosen is None else chosen
+
+
+def set_newer_aside(run: Path, step: int) -> list[Path]:
+    """Move the checkpoints newer than that of `step` to `RUN/set_aside`; where they are now. Every process calls it."""
+    found, moved = steps(run), []
+    if jax.process_index() == 0:
+        for newer in reversed(found[found.index(step) + 1 :]):
+            names = (f"{newer}.{count}" if count else str(newer) for count in itertools.count())
+            moved.append(next(run / "set_aside" / name for name in names if not (run / "set_aside" / name).exists()))
+            moved[-1].parent.mkdir(exist_ok=True)
+            step_folder(run, newer).rename(moved[-1])
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("set_newer_aside")
+    return moved
+
+
+def best_step(run: Path) -> int:
+    """The step of the checkpoint with the lowest validation loss, the newest of equals.
+
+    Raises: FileNotFoundError if no checkpoint has a validation loss.
+    """
+    losses = {}
+    for step in reversed(steps(run)):
+        path = step_folder(run, step) / "metrics" / "metrics"
+        if path.exists() and math.isfinite(loss := _validation_loss(json.loads(path.read_text()))):
+            losses[step] = loss
+    if not losses:
+        raise FileNotFoundError(f"{run} has no checkpoint with a validation loss; train with --val.fraction=0.1, say")
+    return min(losses, key=losses.__getitem__)
+
+
+def _validation_loss(validation: Mapping[str, float]) -> float:
+    """Infinite where there is none, or no number."""
+    loss = validation.get("loss", math.nan)
+    return loss if math.isfinite(loss) else math.inf
 
 
 def newest_checkpoint(run: Path) -> Path:
     """The folder of the newest complete checkpoint. Raises: FileNotFoundError if there is none."""
-    step = newest_step(run)
-    if step is None:
+    return find_checkpoint(run, None)
+
+
+def find_checkpoint(run: Path, step: Step | None) -> Path:
+    """The folder of the checkpoint of a step, of the best one, or of the newest. Raises: FileNotFoundError."""
+    found = best_step(run) if step == "best" else step_to_resume(run, step)
+    if found is None:
         raise FileNotFoundError(f"{run} has no checkpoint; the run was stopped before its first save, train it again")
-    return step_folder(run, step)
+    return step_folder(run, found)
 
 
 def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / str(step)
 
 
-def stats_path(checkpoint: Path) -> Path:
-    """The normalisation statistics of a checkpoint."""
-    return checkpoint / "assets" / "norm_stats.json"
-
-
-def _nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return nnx.traversals.unflatten_mapping(dict(arrays), sep="/")
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return nnx.traversals.flatten_mapping(tree, sep="/")
-
-
-def _leaves(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of any pytree by their place in it."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

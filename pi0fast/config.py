@@ -8,8 +8,34 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
+StateMode = Literal["token", "prompt", "unused"]
 
 BASE_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of one expert's projections (`pi0fast.lora`).
+
+    rank: 0 stands for no updates at all.
+    alpha: the updates of attention are scaled by alpha / rank; None is alpha = rank. Those of the MLP are not scaled.
+    attention, mlp: which projections have one.
+    """
+
+    rank: int
+    alpha: float | None = None
+    attention: bool = True
+    mlp: bool = True
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"LoRA rank={self.rank} must be positive, or 0 for none")
+        if not (self.attention or self.mlp):
+            raise ValueError("LoRA of neither attention nor mlp updates nothing; choose at least one")
+
+    @property
+    def attention_scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -22,6 +48,7 @@ class TransformerConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -54,6 +81,8 @@ class Pi0Config:
 
     Pi0: Black et al. 2024 (https://arxiv.org/abs/2410.24164). Pi0.5: https://arxiv.org/abs/2504.16054.
     `cameras` is the order of the image tokens; a camera that an observation leaves out is not computed.
+    `state_mode` is how the state is seen: by Pi0 as a token, by Pi0.5 as text in the prompt, or not at all (openpi's
+    `discrete_state_input=False`). None stands for the first that the model has.
     """
 
     vlm: TransformerConfig
@@ -67,8 +96,17 @@ class Pi0Config:
     image_size: int = 224
     dtype: DType = "bfloat16"
     cameras: tuple[str, ...] = BASE_CAMERAS
+    state_mode: StateMode | None = None
 
     def __post_init__(self):
+        modes = ("prompt", "unused") if self.pi05 else ("token",)
+        if self.state_mode is None:
+            object.__setattr__(self, "state_mode", modes[0])
+        elif self.state_mode not in modes:
+            raise ValueError(
+                f"state_mode={self.state_mode!r} is none of {'Pi0.5' if self.pi05 else 'Pi0'}'s, {', '.join(modes)}; "
+                "choose one, or None for the first"
+            )
         vlm, action = self.vlm, self.action_expert
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")
         if any(getattr(vlm, name) != getattr(action, name) for name in shared):
@@ -91,12 +129,30 @@ class Pi0Config:
         """Suffix tokens: the actions, and Pi0's state token."""
         return self.action_horizon + (0 if self.pi05 else 1)
 
+    def with_lora(self, vlm: LoraConfig | None, action_expert: LoraConfig | None) -> "Pi0Config":
+        """The same model with these updates, in place of any that it has."""
+
+        def update(expert: TransformerConfig, lora: LoraConfig | None) -> TransformerConfig:
+            return dataclasses.replace(expert, lora=lora if lora and lora.rank else None)
+
+        return dataclasses.replace(
+            self, vlm=update(self.vlm, vlm), action_expert=update(self.action_expert, action_expert)
+        )
+
+    def without_lora(self) -> "Pi0Config":
+        return self.with_lora(None, None)
+
 
 def from_dict(fields: dict[str, Any]) -> Pi0Config:
     """Inverts `dataclasses.asdict`, for JSON. Raises: TypeError for unknown or missing fields."""
+
+    def expert(of: dict[str, Any]) -> TransformerConfig:
+        lora = of.get("lora")  # runs from before there was LoRA do not say
+        return TransformerConfig(**{**of, "lora": lora and LoraConfig(**lora)})
+
     parts = {
-        "vlm": TransformerConfig(**fields["vlm"]),
-        "action_expert": TransformerConfig(**fields["action_expert"]),
+        "vlm": expert(fields["vlm"]),
+        "action_expert": expert(fields["action_expert"]),
         "siglip": SiglipConfig(**fields["siglip"]),
         "cameras": tuple(fields["cameras"]),
     }
@@ -156,7 +212,7 @@ def pi05_tiny() -> Pi0Config:
 
 
 def _as_pi05(config: Pi0Config, max_token_len: int) -> Pi0Config:
-    return dataclasses.replace(config, pi05=True, max_token_len=max_token_len)
+    return dataclasses.replace(config, pi05=True, state_mode=None, max_token_len=max_token_len)
 
 
 PRESETS = {preset.__name__: preset for preset in (pi0_base, pi05_base, pi0_small, pi05_small, pi0_tiny, pi05_tiny)}

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pi0fast.config import DType, Pi0Config, SiglipConfig, TransformerConfig
+from pi0fast.config import DType, LoraConfig, Pi0Config, SiglipConfig, StateMode, TransformerConfig
 
 Shape = tuple[int, ...]
 Params = dict[str, Array]
@@ -49,6 +49,10 @@ class Rule:
         if self.last:
             weights[self.last] = self._join([array[-1] for array in arrays])
         return weights
+
+    def source_axis(self, axis: int) -> int:
+        """The axis of openpi's layer whose blocks are blocks along our last axis (-1) or the one before (-2)."""
+        return self.order[0 if axis == -2 else self.rows]
 
     def write(self, weights: Mapping[str, Array], dead: Mapping[str, Array]) -> Params:
         """Our weights by path → openpi's arrays; dead slices that are not given are zeros."""
@@ -123,6 +127,7 @@ def _expert(config: TransformerConfig, suffix: str, ours: str, *, adaptive: bool
         Rule(f"{ours}/layers/out", {f"{attn}/attn_vec_einsum{suffix}/w": (n, c, d)}, (0, 1, 2), 2, **layers),
         Rule(f"{ours}/layers/gate_up", {f"{mlp}/gating_einsum": (2, d, f)}, (1, 0, 2), 1, **layers),
         Rule(f"{ours}/layers/down", {f"{mlp}/linear": (f, d)}, (0, 1), 1, **layers),
+        *_lora(config, suffix, ours, last, layers),
         *_norm(
             f"{LLM}/layers/pre_attention_norm{suffix}",
             d,
@@ -133,6 +138,44 @@ def _expert(config: TransformerConfig, suffix: str, ours: str, *, adaptive: bool
         ),
         *_norm(f"{LLM}/layers/pre_ffw_norm{suffix}", d, f"{ours}/layers/mlp_norm", adaptive=adaptive, **layers),
     ]
+
+
+def _lora(config: TransformerConfig, suffix: str, ours: str, last: str | None, layers: dict[str, Any]) -> list[Rule]:
+    """Of each update, a `[D, outputs * rank]` and b `[outputs * rank, C]`."""
+    if config.lora is None:
+        return []
+    n, k, c, d, f = config.num_heads, config.num_kv_heads, config.head_dim, config.width, config.mlp_dim
+    r = config.lora.rank
+    attn, mlp = f"{LLM}/layers/attn", f"{LLM}/layers/mlp{suffix}"
+    q, kv, out = (f"{attn}/{name}_einsum{suffix}/lora" for name in ("q", "kv", "attn_vec"))
+    gating, linear = f"{mlp}/gating_einsum_lora", f"{mlp}/linear_lora"
+    attention = [
+        Rule(f"{ours}/layers/q_lora/a", {f"{q}_a": (n, d, r)}, (1, 0, 2), 1, **layers),
+        Rule(f"{ours}/layers/q_lora/b", {f"{q}_b": (n, r, c)}, (0, 1, 2), 2, **layers),
+        *(
+            Rule(
+                f"{ours}/layers/kv_lora/{name}",
+                {f"{kv}_{name}": shape},
+                order,
+                rows,
+                last=last and f"{last}/kv_lora/{name}",
+                **layers,
+            )
+            for name, shape, order, rows in (
+                ("a", (2, k, d, r), (2, 0, 1, 3), 1),
+                ("b", (2, k, r, c), (0, 1, 2, 3), 3),
+            )
+        ),
+        Rule(f"{ours}/layers/out_lora/a", {f"{out}_a": (n, c, r)}, (0, 1, 2), 2, **layers),
+        Rule(f"{ours}/layers/out_lora/b", {f"{out}_b": (n, r, d)}, (0, 1, 2), 2, **layers),
+    ]
+    gated = [
+        Rule(f"{ours}/layers/gate_up_lora/a", {f"{gating}_a": (2, d, r)}, (1, 0, 2), 1, **layers),
+        Rule(f"{ours}/layers/gate_up_lora/b", {f"{gating}_b": (2, r, f)}, (0, 1, 2), 2, **layers),
+        Rule(f"{ours}/layers/down_lora/a", {f"{linear}_a": (f, r)}, (0, 1), 1, **layers),
+        Rule(f"{ours}/layers/down_lora/b", {f"{linear}_b": (r, d)}, (0, 1), 1, **layers),
+    ]
+    return attention * config.lora.attention + gated * config.lora.mlp
 
 
 def _siglip(config: SiglipConfig, vlm_width: int, num_tokens: int) -> list[Rule]:
@@ -176,9 +219,18 @@ def _norm(theirs: str, width: int, ours: str, *, adaptive: bool, **layers) -> li
     return [Rule(f"{ours}/scale", {f"{theirs}/scale": (width,)}, (0,), 0, **layers)]
 
 
-def infer_config(shapes: Mapping[str, Shape], dtype: DType, **unseen: int) -> Pi0Config:
+def infer_config(
+    shapes: Mapping[str, Shape],
+    dtype: DType,
+    *,
+    lora_alpha: float | None = None,
+    state_mode: StateMode | None = None,
+    **unseen: int,
+) -> Pi0Config:
     """The config of openpi parameters of these shapes.
 
+    lora_alpha: of LoRA checkpoints; None is the rank, as in all of openpi's configs.
+    state_mode: as `Pi0Config` has it.
     unseen: `action_horizon`, `max_token_len`; no parameter depends on them. The released models' are the default.
 
     Raises:
@@ -200,16 +252,27 @@ def infer_config(shapes: Mapping[str, Shape], dtype: DType, **unseen: int) -> Pi
         patch_size = shapes[f"{IMG}/embedding/kernel"][0]
         pi05 = "time_mlp_in/kernel" in shapes
         return Pi0Config(
-            vlm=TransformerConfig(width=vlm, mlp_dim=vlm_mlp, **attention),
-            action_expert=TransformerConfig(width=action, mlp_dim=action_mlp, **attention),
+            vlm=TransformerConfig(vlm, mlp_dim=vlm_mlp, lora=_infer_lora(shapes, "", lora_alpha), **attention),
+            action_expert=TransformerConfig(
+                action, mlp_dim=action_mlp, lora=_infer_lora(shapes, "_1", lora_alpha), **attention
+            ),
             siglip=SiglipConfig(vision_width, vision_depth, vision_mlp, vision_heads, patch_size),
             pi05=pi05,
             action_dim=shapes["action_in_proj/kernel"][0],
             vocab_size=shapes[f"{LLM}/embedder/input_embedding"][0],
             image_size=patch_size * math.isqrt(shapes[f"{IMG}/pos_embedding"][1]),
             dtype=dtype,
+            state_mode=state_mode,
             max_token_len=unseen.get("max_token_len", 200 if pi05 else 48),
             action_horizon=unseen.get("action_horizon", 50),
         )
     except KeyError as missing:
         raise ValueError(f"this is no openpi Pi0 checkpoint: it has no parameter {missing}") from None
+
+
+def _infer_lora(shapes: Mapping[str, Shape], suffix: str, alpha: float | None) -> LoraConfig | None:
+    attention = shapes.get(f"{LLM}/layers/attn/q_einsum{suffix}/lora_a")
+    mlp = shapes.get(f"{LLM}/layers/mlp{suffix}/linear_lora_a")
+    if (found := attention or mlp) is None:
+        return None
+    return LoraConfig(found[-1], alpha, attention is not None, mlp is not None)

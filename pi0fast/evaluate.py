@@ -3,18 +3,19 @@
 python -m pi0fast.evaluate RUN
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from pi0fast.data.demo import MAX_STEPS, Simulator
+from pi0fast.data.demo import MAX_STEPS, Palette, Simulator
 from pi0fast.execution import Kernels
-from pi0fast.policy import Policy, keep_compiled_programs
+from pi0fast.policy import Policy, Step, keep_compiled_programs
 
 UNSEEN_SEED = 1_000_000  # layouts that no data set of the writer's default seeds holds
 
@@ -31,16 +32,26 @@ class Outcome:
     def success(self) -> bool:
         return self.touched == self.prompted
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: without the frames."""
+        return {"prompted": self.prompted, "touched": self.touched, "steps": len(self.frames) - 1}
+
 
 def evaluate(
-    policy: Policy, episodes: int, *, seed: int = UNSEEN_SEED, prompt_shift: int = 0, execute: int = 4
+    policy: Policy,
+    episodes: int,
+    *,
+    seed: int = UNSEEN_SEED,
+    palette: Palette = "primary",
+    prompt_shift: int = 0,
+    execute: int = 4,
 ) -> list[Outcome]:
     """Play episodes side by side, `execute` actions of each chunk at a time.
 
     The layout of an episode depends on `seed` and its number alone; with another `prompt_shift` another of its blocks
     is prompted.
     """
-    simulators = [Simulator(seed + episode) for episode in range(episodes)]
+    simulators = [Simulator(seed + episode, palette=palette) for episode in range(episodes)]
     observations = [simulator.reset(prompt_shift) for simulator in simulators]
     frames = [[observation["observation.images.top"]] for observation in observations]
     touched: dict[int, str | None] = {}
@@ -97,27 +108,38 @@ def write_gif(outcomes: list[Outcome], path: Path, *, columns: int = 4, scale: i
 
 def main(
     run: Annotated[Path, tyro.conf.Positional],
+    step: Step | None = None,
     episodes: int = 100,
     seed: int = UNSEEN_SEED,
+    palette: Palette = "primary",
     gif_episodes: int = 8,
+    out: Path | None = None,
     kernels: Kernels = "auto",
 ) -> None:
     """Run a policy closed-loop in the demo simulator.
 
     run: the folder of a run that was trained on the demo.
+    step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
     episodes: how many, each with a layout that training has not seen.
     seed: of the layouts.
+    palette: the blocks' colours: primary is what the demo's own data set has, secondary has four others.
     gif_episodes: how many of them to draw, in RUN/episodes.gif; 0 for none.
+    out: JSON of every episode, if given.
     kernels: of attention and norms: auto, reference or triton.
     """
     keep_compiled_programs()
-    policy = Policy.load(run, kernels=kernels, batch_sizes=(episodes,))
+    policy = Policy.load(run, step=step, kernels=kernels, batch_sizes=(episodes,))
     if policy.robot.name != "demo":
         raise ValueError(f"{run} is for the robot {policy.robot.name!r}; the simulator is the demo's")
-    outcomes = evaluate(policy, episodes, seed=seed)
+    outcomes = evaluate(policy, episodes, seed=seed, palette=palette)
     print(f"success: {summary(outcomes)}")
-    shifted = evaluate(policy, episodes, seed=seed, prompt_shift=1)
+    shifted = evaluate(policy, episodes, seed=seed, palette=palette, prompt_shift=1)
     print(f"the same layouts, another block prompted: {summary(shifted)}")
+    if out:
+        settings = {"run": str(run), "step": step, "episodes": episodes, "seed": seed, "palette": palette}
+        played = {"own": outcomes, "another": shifted}
+        of_block = {block: [outcome.to_dict() for outcome in each] for block, each in played.items()}
+        out.write_text(json.dumps({"settings": settings, "block prompted": of_block}) + "\n")
     if gif_episodes:
         write_gif(outcomes[:gif_episodes], run / "episodes.gif")
         print(f"Episodes: {run / 'episodes.gif'}")

@@ -4,13 +4,14 @@ Lipman et al. 2023 (https://arxiv.org/abs/2210.02747); the time distribution is 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Bool, Float, Key, UInt32
 
 Actions = Float[Array, "B H A"]
 
@@ -21,19 +22,25 @@ EVALUATIONS = {"euler": (0.0,), "midpoint": (0.0, 0.5), "heun": (0.0, 1.0)}
 
 
 def draw(
-    key: Key[Array, ""], example: UInt32[Array, " B"], shape: tuple[int, int]
+    key: Key[Array, ""], example: UInt32[Array, " examples"], shape: tuple[int, int], samples: int = 1
 ) -> tuple[Actions, Float[Array, " B"]]:
-    """Noise `N(0, 1)` `[B, H, A]` and time `Beta(1.5, 1) * 0.999 + 0.001` `[B]`.
+    """Noise `N(0, 1)` `[B, H, A]` and time `Beta(1.5, 1) * 0.999 + 0.001` `[B]`: `samples` in turn for each example.
 
-    Each example draws from its own key, so that the numbers do not depend on how the batch is sharded.
+    Each example draws from its own key, so that the numbers do not depend on how the batch is sharded, and the first of
+    its samples not on how many there are.
     """
 
-    def one(example):
+    def one(key, example):
         noise_key, time_key = jax.random.split(jax.random.fold_in(key, example))
         u = jax.random.uniform(time_key)  # Beta(a, 1) has the distribution function t^a
         return jax.random.normal(noise_key, shape), u ** (1 / 1.5) * 0.999 + 0.001
 
-    return jax.vmap(one)(example)
+    if samples == 1:
+        return jax.vmap(partial(one, key))(example)
+    # Further keys are counted from the end of what can be folded in, where no example's number is.
+    keys = [key, *(jax.random.fold_in(key, 2**32 - sample) for sample in range(1, samples))]
+    drawn = [jax.vmap(partial(one, key))(example) for key in keys]
+    return jax.tree.map(lambda *each: jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:]), *drawn)
 
 
 def interpolate(actions: Actions, noise: Actions, t: Float[Array, " B"]) -> Actions:
@@ -42,9 +49,20 @@ def interpolate(actions: Actions, noise: Actions, t: Float[Array, " B"]) -> Acti
     return t * noise + (1 - t) * actions
 
 
-def loss(velocity: Actions, actions: Actions, noise: Actions) -> Float[Array, "B H"]:
-    """Squared error against the line's velocity, mean over the action dimensions, padding included."""
-    return jnp.mean(jnp.square(velocity - (noise - actions)), axis=-1)
+def loss(
+    velocity: Actions, actions: Actions, noise: Actions, weights: Float[Array, " A"] | None = None
+) -> Float[Array, "B H"]:
+    """Squared error against the line's velocity, mean over the action dimensions, padding included.
+
+    weights: of each dimension in that mean.
+    """
+    squared = jnp.square(velocity - (noise - actions))
+    return jnp.mean(squared, axis=-1) if weights is None else jnp.sum(squared * (weights / jnp.sum(weights)), axis=-1)
+
+
+def counted_steps(is_pad: Bool[Array, "B H"], mask_padding: bool) -> Bool[Array, "B H"]:
+    """Which steps the loss is the mean over: all, or those that are no padding."""
+    return ~is_pad if mask_padding else jnp.ones_like(is_pad)
 
 
 def evaluation_times(num_steps: int, solver: str) -> np.ndarray:

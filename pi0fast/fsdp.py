@@ -5,6 +5,7 @@ the transpose is a reduce-scatter in float32 (Zhao et al. 2023, https://arxiv.or
 repeats the gather in the backward pass (`pi0fast.execution`).
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pi0fast import mesh as meshes
@@ -20,13 +21,29 @@ from pi0fast.execution import Execution, Kernels, Remat
 from pi0fast.params import flatten
 
 # Logical axis of a weight → mesh axis. A weight is sharded along its first axis that is mapped and that divides.
-AXES = {"embed": "fsdp", "embed_out": "fsdp", "heads": "fsdp", "mlp": "fsdp", "vocab": None, "layers": None}
+AXES = {
+    "embed": "fsdp",
+    "embed_out": "fsdp",
+    "heads": "fsdp",
+    "mlp": "fsdp",
+    "positions": "fsdp",
+    "vocab": None,
+    "layers": None,
+}
 
 SHARDED_AXIS = "sharded_axis"
 
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def _axes(variable: nnx.Variable) -> list[int]:
+    """Along which axes a weight may be sharded, by `AXES`; a vector along none."""
+    names = variable.get_metadata()["out_sharding"]
+    if len(names) - (names[0] == "layers") < 2:
+        return []
+    return [axis for axis, name in enumerate(names) if name is not None and AXES[name]]
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -38,20 +55,35 @@ def place(tree: Any, mesh: Mesh) -> Any:
     def one(leaf):
         if not _is_variable(leaf):
             return leaf
-        names = leaf.get_metadata()["out_sharding"]
-        stacked = names[0] == "layers"
-        candidates = [
-            axis
-            for axis, name in enumerate(names)
-            if name is not None and AXES[name] and leaf.shape[axis] % mesh.shape["fsdp"] == 0
-        ]
+        dividing = [axis for axis in _axes(leaf) if leaf.shape[axis] % mesh.shape["fsdp"] == 0]
         found = leaf.copy()
-        is_vector = len(names) - stacked < 2
         # Counted from the end, so that it is also right for one layer of a stack.
-        found.set_metadata(SHARDED_AXIS, None if is_vector or not candidates else candidates[0] - len(names))
+        found.set_metadata(SHARDED_AXIS, dividing[0] - len(leaf.shape) if dividing else None)
         return found
 
     return jax.tree.map(one, tree, is_leaf=_is_variable)
+
+
+def undivided(weights: nnx.State, mesh: Mesh | AbstractMesh) -> str | None:
+    """A line that names the matrices which lie whole on every device, for no axis divides over `fsdp`; None if all do.
+
+    It also names the largest `fsdp` on as many devices that would shard them all.
+    """
+
+    def whole(shards: int) -> list[str]:
+        axes = {path: (variable.shape, _axes(variable)) for path, variable in flatten(weights).items()}
+        return [path for path, (shape, axes) in axes.items() if axes and all(shape[axis] % shards for axis in axes)]
+
+    paths = whole(mesh.shape["fsdp"])
+    if not paths:
+        return None
+    best = next(size for size in range(mesh.shape["fsdp"], 0, -1) if mesh.size % size == 0 and not whole(size))
+    gib = 4 * sum(math.prod(flatten(weights)[path].shape) for path in paths) / 2**30
+    remedy = f"data:{mesh.size // best},fsdp:{best} shards all" if best > 1 else "no fsdp on as many devices shards all"
+    return (
+        f"{len(paths)} weights ({gib:.2g} GiB in float32, as much again for each moment and the average) do not divide "
+        f"over fsdp:{mesh.shape['fsdp']} and lie whole on every device; {remedy}. They are: {', '.join(paths)}"
+    )
 
 
 def specs(tree: Any) -> Any:

@@ -19,7 +19,8 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from pi0fast.config import TransformerConfig
 from pi0fast.execution import Execution
-from pi0fast.layout import PrefixLayout
+from pi0fast.layout import PrefixLayout, repeat
+from pi0fast.lora import Lora, product
 from pi0fast.params import Linear, param, stack, zeros
 from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 
@@ -106,10 +107,14 @@ class KeyValue(nnx.Module):
     def __init__(self, config: TransformerConfig, adaptive: bool, *, rngs: nnx.Rngs):
         self.heads = (config.num_kv_heads, config.head_dim)
         self.attention_norm = RMSNorm(config.width, adaptive, rngs=rngs)
-        self.kv = param(rngs, (config.width, 2 * config.num_kv_heads * config.head_dim), ("embed", "heads"))
+        shape, axes = (config.width, 2 * config.num_kv_heads * config.head_dim), ("embed", "heads")
+        self.kv = param(rngs, shape, axes)
+        if (lora := config.lora) and lora.attention:
+            heads = 2 * config.num_kv_heads
+            self.kv_lora = Lora(shape, axes, lora, outputs=heads, scale=lora.attention_scale, rngs=rngs)
 
     def keys_values(self, h: Float[Array, "B T D"], rotation: Rotation) -> tuple[Array, Array]:
-        k, v = jnp.split(h @ self.kv[...], 2, axis=-1)
+        k, v = jnp.split(product(self, "kv", h), 2, axis=-1)
         k, v = (x.reshape(*x.shape[:2], *self.heads) for x in (k, v))
         return checkpoint_name(rotation(k), "key"), checkpoint_name(v, "value")
 
@@ -120,12 +125,19 @@ class Layer(KeyValue):
     def __init__(self, config: TransformerConfig, adaptive: bool, *, rngs: nnx.Rngs):
         super().__init__(config, adaptive, rngs=rngs)
         width, attended = config.width, config.num_heads * config.head_dim
-        self.query_heads = (config.num_heads, config.head_dim)
+        self.query_heads = heads, _ = (config.num_heads, config.head_dim)
         self.q = param(rngs, (width, attended), ("embed", "heads"))
         self.out = param(rngs, (attended, width), ("heads", "embed"))
         self.mlp_norm = RMSNorm(width, adaptive, rngs=rngs)
         self.gate_up = param(rngs, (width, 2 * config.mlp_dim), ("embed", "mlp"))
         self.down = param(rngs, (config.mlp_dim, width), ("mlp", "embed"))
+        if (lora := config.lora) and lora.attention:
+            scale = lora.attention_scale
+            self.q_lora = Lora((width, attended), ("embed", "heads"), lora, outputs=heads, scale=scale, rngs=rngs)
+            self.out_lora = Lora((attended, width), ("heads", "embed"), lora, summed=heads, scale=scale, rngs=rngs)
+        if lora and lora.mlp:
+            self.gate_up_lora = Lora((width, 2 * config.mlp_dim), ("embed", "mlp"), lora, outputs=2, rngs=rngs)
+            self.down_lora = Lora((config.mlp_dim, width), ("mlp", "embed"), lora, rngs=rngs)
 
     def modulate(self, cond: Float[Array, "B D"] | None) -> Modulations:
         return Modulations(self.attention_norm.modulate(cond), self.mlp_norm.modulate(cond))
@@ -134,7 +146,7 @@ class Layer(KeyValue):
         self, h: Float[Array, "B T D"], rotation: Rotation
     ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]:
         """Queries, keys and values."""
-        q = (h @ self.q[...]).reshape(*h.shape[:2], *self.query_heads)
+        q = product(self, "q", h).reshape(*h.shape[:2], *self.query_heads)
         return checkpoint_name(rotation(q), "query"), *self.keys_values(h, rotation)
 
     def __call__(self, x, modulations: Modulations, rotation, key_start, key_end, place_keys, execution):
@@ -150,13 +162,13 @@ class Layer(KeyValue):
         attended = prefix_lm_attention(
             q, k, v, key_start, key_end, scale=self.query_heads[1] ** -0.5, implementation=kernel
         )
-        y = attended.reshape(*x.shape[:2], -1) @ self.out[...]
+        y = product(self, "out", attended.reshape(*x.shape[:2], -1))
 
         scale, shift, mlp_gate = modulations.mlp
         h, x = ada_rms_norm(y, scale, shift, residual=x, gate=gate, implementation=kernel)
         x = checkpoint_name(x, "residual")
-        gate_in, up = jnp.split(h @ self.gate_up[...], 2, axis=-1)
-        y = (jax.nn.gelu(gate_in, approximate=True) * up) @ self.down[...]
+        gate_in, up = jnp.split(product(self, "gate_up", h), 2, axis=-1)
+        y = product(self, "down", jax.nn.gelu(gate_in, approximate=True) * up)
         if mlp_gate is not None:
             y = y * (mlp_gate if mlp_gate.ndim == 1 else mlp_gate[:, None])
         return x + y, KVCache(k, v)
@@ -206,17 +218,21 @@ class ActionExpert(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
-        cond: Float[Array, "B D"] | None,
+        x: Float[Array, "BK S D"],
+        cond: Float[Array, "BK D"] | None,
         cache: KVCache,
         layout: PrefixLayout,
         execution: Execution,
-    ) -> Float[Array, "B S D"]:
-        """Suffix tokens, and Pi0.5's time condition → normed outputs, against the prefix in `cache`."""
+    ) -> Float[Array, "BK S D"]:
+        """Suffix tokens, and Pi0.5's time condition → normed outputs, against the prefix in `cache`.
+
+        Where the cache has fewer rows than x, each serves as many in turn; a layer's is repeated inside the scan.
+        """
         places = Places.of(layout, self.head_dim)
         cond = None if cond is None else cond.astype(self.dtype)
 
         def step(layer: Layer, x, cached: KVCache):
+            cached = jax.tree.map(lambda own: repeat(own, len(x)), cached)
             x, _ = attend_cached(layer, x, layer.modulate(cond), cached, places, execution)
             return x, None
 

@@ -18,9 +18,11 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from pi0fast import trace
+from pi0fast.config import StateMode
 from pi0fast.execution import Kernels
 from pi0fast.flow import Solver
-from pi0fast.policy import Policy, keep_compiled_programs
+from pi0fast.policy import Policy, Step, keep_compiled_programs
 from pi0fast.stages import Stages
 
 PERCENTILES = (50, 95, 99)
@@ -71,6 +73,17 @@ def measure(policy: Policy, observation: dict[str, Any], repeat: int) -> Latency
         {name: 1e3 * float(np.median([seconds[name] for seconds in in_stages])) for name in in_stages[0]},
         policy.num_steps,
     )
+
+
+def trace_calls(policy: Policy, observation: dict[str, Any], count: int, folder: Path) -> str:
+    """Traces `count` calls into the folder, and tells what each stage takes in them."""
+    batch = policy.batch([policy.prepare(observation)])
+    text = policy.program(1, batch.tokenized_prompt.shape[1]).as_text()
+    assert text is not None
+    trace.start(folder)
+    for _ in range(count):
+        policy.infer(observation)
+    return trace.stop(folder, text, count)
 
 
 def read_sample(policy: Policy, data: str, episode: int, frame: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -154,15 +167,18 @@ def draw(actions: np.ndarray, truth: np.ndarray | None, latency: Latency, path: 
 
 def main(
     run: Annotated[str, tyro.conf.Positional],
+    step: Step | None = None,
     data: str | None = None,
     observation: Path | None = None,
     episode: int = 0,
     frame: int = 0,
     repeat: int = 100,
+    profile: int = 0,
     out: Path | None = None,
     robot: str | None = None,
     asset_id: str | None = None,
     action_horizon: int | None = None,
+    state_mode: StateMode | None = None,
     num_steps: int = 10,
     solver: Solver = "euler",
     seed: int = 0,
@@ -172,13 +188,15 @@ def main(
 
     Args:
         run: the folder of a run, or an openpi checkpoint.
+        step: of a run's checkpoint, or `best`, that with the lowest validation loss; by default the newest.
         data: a LeRobot v3 data set, a folder or a Hub id: take the observation from there, and compare the actions.
         observation: a folder with observation.json and images, in place of a data set.
         episode, frame: of the data set.
         repeat: calls to time.
+        profile: calls to trace after these, into a folder beside the PNG, telling what each stage takes in them.
         out: the PNG; by default RUN/infer.png.
         robot: a ready robot's name or a YAML file; an openpi checkpoint needs it.
-        asset_id, action_horizon: of an openpi checkpoint, which does not tell.
+        asset_id, action_horizon, state_mode: of an openpi checkpoint, which does not tell.
         num_steps, solver: from noise to actions.
         seed: of the noise.
         kernels: of attention and norms: auto, reference or triton.
@@ -187,15 +205,21 @@ def main(
         raise ValueError("give either --data or --observation")
     if repeat < 1:
         raise ValueError(f"repeat={repeat}: time at least one call")
+    if profile < 0:
+        raise ValueError(f"--profile={profile} must be at least 0, the number of calls to trace")
     if out is None and "://" in run:
         raise ValueError(f"{run} is not a folder to draw into; give --out")
     values = None if observation is None else read_observation(observation)
     keep_compiled_programs()
+    if profile:
+        trace.keep_scopes()
     policy = Policy.load(
         run,
+        step=step,
         robot=robot,
         asset_id=asset_id,
         action_horizon=action_horizon,
+        state_mode=state_mode,
         num_steps=num_steps,
         solver=solver,
         seed=seed,
@@ -218,6 +242,8 @@ def main(
     latency = measure(policy, values, repeat)
     print(latency)
     out = out or Path(run) / "infer.png"
+    if profile:
+        print(trace_calls(policy, values, profile, out.with_name(f"{out.stem}_profile")))
     draw(actions, truth, latency, out)
     print(f"Drawn: {out}")
 

@@ -82,3 +82,8 @@ def _take(x: Array, order: Int[Array, "B P"] | None) -> Array:
     if order is None:
         return x
     return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+def repeat(x: Array, rows: int) -> Array:
+    """Each row of x as often in turn as makes `rows` of them; x itself where it has as many."""
+    return x if len(x) == rows else jnp.repeat(x, rows // len(x), axis=0, total_repeat_length=rows)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from pi0fast import normalize
 from pi0fast.data.lerobot_format import LeRobotFiles, find_dataset
@@ -105,4 +104,6 @@ def _check_finite(root: Path, key: str, values: np.ndarray, starts: np.ndarray) 
 
 
 if __name__ == "__main__":
+    import tyro
+
     tyro.cli(main)

@@ -1,6 +1,8 @@
 """What the model sees of one moment: shapes, units and ranges, and the image conversion on the device."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,11 @@ class Observation:
     state: Float[Array, "B A"]
     tokenized_prompt: Int[Array, "B L"]
     tokenized_prompt_mask: Bool[Array, "B L"]
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> "Observation":
+        """What a batch of samples has of it, by the names of the fields."""
+        return Observation(**{field.name: batch[field.name] for field in fields(Observation)})
 
 
 def image_to_float(image: UInt8[Array, "*shape"] | Float[Array, "*shape"]) -> Float[Array, "*shape"]:

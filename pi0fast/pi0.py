@@ -14,7 +14,7 @@ from pi0fast import flow
 from pi0fast.config import Pi0Config
 from pi0fast.execution import Execution
 from pi0fast.gemma import ActionExpert, KVCache, Vlm
-from pi0fast.layout import PrefixLayout
+from pi0fast.layout import PrefixLayout, repeat
 from pi0fast.observation import Observation, image_to_float
 from pi0fast.params import Linear, normal, param
 from pi0fast.siglip import Siglip
@@ -75,17 +75,19 @@ class Pi0(nnx.Module):
     def velocity(
         self,
         observation: Observation,
-        x_t: Float[Array, "B H A"],
-        t: Float[Array, " B"],
+        x_t: Float[Array, "BK H A"],
+        t: Float[Array, " BK"],
         *,
         execution: Execution = Execution(),
-    ) -> Float[Array, "B H A"]:
+    ) -> Float[Array, "BK H A"]:
         """The velocity (noise minus actions) at `x_t`, float32. t: 1 is noise.
+
+        x_t, t: K in turn for each example of the observation, whose prefix is computed once for them.
 
         Raises:
             ValueError: an input whose shape does not fit the config.
         """
-        validate(self.config, observation, x_t)
+        validate(self.config, observation, x_t, samples=max(1, len(x_t) // len(observation.state)))
         cache, layout = self.prefix(observation, execution)
         assert isinstance(cache, KVCache), "layers in a list are a Sampler's"
         return self.suffix(observation.state, x_t, t, cache, layout, execution)
@@ -94,14 +96,23 @@ class Pi0(nnx.Module):
         self,
         observation: Observation,
         actions: Float[Array, "B H A"],
-        noise: Float[Array, "B H A"],
-        t: Float[Array, " B"],
+        noise: Float[Array, "BK H A"],
+        t: Float[Array, " BK"],
         *,
+        weights: Float[Array, " A"] | None = None,
         execution: Execution = Execution(),
-    ) -> Float[Array, "B H"]:
-        """The flow-matching loss of each example and step; its mean is the training loss."""
-        velocity = self.velocity(observation, flow.interpolate(actions, noise, t), t, execution=execution)
-        return flow.loss(velocity, actions, noise)
+    ) -> Float[Array, "BK H"]:
+        """The flow-matching loss of each draw and step; its mean is the training loss.
+
+        noise, t: K draws in turn for each example, whose prefix is computed once for them.
+        weights: of the action dimensions, see `flow.loss`.
+        """
+        with jax.named_scope("draw"):
+            actions = repeat(actions, len(noise))
+            x_t = flow.interpolate(actions, noise, t)
+        velocity = self.velocity(observation, x_t, t, execution=execution)
+        with jax.named_scope("loss"):
+            return flow.loss(velocity, actions, noise, weights)
 
     def prefix(self, observation: Observation, execution: Execution) -> tuple[KVCache | list[KVCache], PrefixLayout]:
         """Images and prompt → their keys and values in every layer, and the layout of the batch."""
@@ -111,13 +122,13 @@ class Pi0(nnx.Module):
         self, tokens: Float[Array, "B P D"], valid: Bool[Array, "B P"], execution: Execution
     ) -> tuple[KVCache | list[KVCache], PrefixLayout]:
         """The part of `prefix` that follows `embed_prefix`."""
-        layout = PrefixLayout.build(
-            valid,
-            action_horizon=self.config.action_horizon,
-            has_state=not self.config.pi05,
-            compact=execution.compact,
-        )
         with jax.named_scope("prefix"):
+            layout = PrefixLayout.build(
+                valid,
+                action_horizon=self.config.action_horizon,
+                has_state=not self.config.pi05,
+                compact=execution.compact,
+            )
             return self.vlm(layout.order_tokens(tokens), layout, execution), layout
 
     def embed_prefix(
@@ -136,30 +147,31 @@ class Pi0(nnx.Module):
             prompt = execution.lookup(self.embedding, observation.tokenized_prompt)
             scale = jnp.asarray(self.config.vlm.width**0.5, prompt.dtype)
             tokens.append((prompt * scale).astype(self.config.dtype))
-        valid.append(observation.tokenized_prompt_mask)
-        return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
+            valid.append(observation.tokenized_prompt_mask)
+            return jnp.concatenate(tokens, axis=1), jnp.concatenate(valid, axis=1)
 
     def suffix(
         self,
         state: Float[Array, "B A"],
-        x_t: Float[Array, "B H A"],
-        t: Float[Array, " B"],
+        x_t: Float[Array, "BK H A"],
+        t: Float[Array, " BK"],
         cache: KVCache,
         layout: PrefixLayout,
         execution: Execution,
-    ) -> Float[Array, "B H A"]:
+    ) -> Float[Array, "BK H A"]:
         """The velocity at `x_t`, given the prefix."""
         with jax.named_scope("suffix"):
+            state, layout = jax.tree.map(lambda x: repeat(x, len(x_t)), (state, layout))
             tokens, cond = execution.apply(self.head, lambda head: head.embed(state, x_t, t))
             out = self.action_expert(tokens, cond, cache, layout, execution)[:, : self.config.action_horizon]
             return execution.apply(self.head, lambda head: head.action_out(out.astype(jnp.float32)))
 
 
-def validate(config: Pi0Config, observation: Observation, actions: Float[Array, "B H A"]) -> None:
-    """Raises: ValueError: an input whose shape does not fit the config."""
-    batch = actions.shape[0]
+def validate(config: Pi0Config, observation: Observation, actions: Float[Array, "BK H A"], samples: int = 1) -> None:
+    """Raises: ValueError: an input whose shape does not fit the config, or not `samples` rows of actions an example."""
+    batch = len(observation.state)
     expected = {
-        "actions": (actions, (batch, config.action_horizon, config.action_dim)),
+        "actions": (actions, (batch * samples, config.action_horizon, config.action_dim)),
         "state": (observation.state, (batch, config.action_dim)),
         "tokenized_prompt": (observation.tokenized_prompt, (batch, observation.tokenized_prompt.shape[-1])),
         "tokenized_prompt_mask": (observation.tokenized_prompt_mask, observation.tokenized_prompt.shape),

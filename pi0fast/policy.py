@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from pi0fast import checkpoint, convert, normalize
-from pi0fast.checkpoint import RunConfig
-from pi0fast.config import DType, Pi0Config
+from pi0fast.checkpoint import RunConfig, Step
+from pi0fast.config import DType, Pi0Config, StateMode
 from pi0fast.execution import Execution, Kernels
 from pi0fast.flow import Solver
 from pi0fast.observation import Observation
@@ -23,7 +23,7 @@ from pi0fast.repack import Repack, flatten_keys
 from pi0fast.robots import Robot, find_robot
 from pi0fast.rtc import DELAY, PREVIOUS_ACTIONS, RtcConfig, guidance
 from pi0fast.sampling import Guidance, Sampler, matmul_weights
-from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
+from pi0fast.tokenizer import PromptTokenizer, padded_len, resolve_tokenizer
 from pi0fast.transforms import SampleTransform
 
 
@@ -75,7 +75,7 @@ class Policy:
         default_prompt: str | None = None,
         rtc: RtcConfig | None = None,
     ):
-        execution = Execution(kernels=kernels)
+        self.execution = execution = Execution(kernels=kernels)
         check_kernels(model.config, execution)
         if not batch_sizes or min(batch_sizes) < 1:
             raise ValueError(f"batch_sizes={tuple(batch_sizes)}: give at least one, each at least 1")
@@ -93,17 +93,11 @@ class Policy:
         self._repack = Repack(transform.robot, transform.state_stats.dim, default_prompt)
         self._seed, self._count = seed, 0
         sampler = jax.jit(Sampler.of, static_argnums=(1, 2))(model, num_steps, solver)
-        self._weights, structure = jax.tree.flatten(sampler)  # a plain list passes into a call without Python's help
-        self._structure, self.execution = structure, execution
-
-        def sample(weights, observation: Observation, noise, *guide):
-            guided = Guidance(guide[0], guide[1], rtc.max_guidance) if rtc and guide else None
-            return jax.tree.unflatten(structure, weights)(observation, noise, guided, execution=execution)
-
-        jitted = jax.jit(sample, donate_argnames="noise")
+        self._weights, self._structure = jax.tree.flatten(sampler)
+        call = make_call(self._structure, execution, rtc)
         self._programs = {
-            (batch, length, guided): jitted.lower(
-                self._weights, *_abstract(model.config, transform, batch, length, guided)
+            (batch, length, guided): call.lower(
+                self._weights, *abstract_inputs(model.config, transform.cameras, batch, length, guided)
             ).compile()
             for batch in self.batch_sizes
             for length in self.prompt_buckets
@@ -114,24 +108,31 @@ class Policy:
     def load(
         path: str | Path,
         *,
+        step: Step | None = None,
         robot: str | None = None,
         asset_id: str | None = None,
         action_horizon: int | None = None,
+        state_mode: StateMode | None = None,
         dtype: DType = "bfloat16",
         **options: Any,
     ) -> "Policy":
-        """The newest checkpoint of a run, or an openpi checkpoint `<step>`.
+        """A checkpoint of a run, or an openpi checkpoint `<step>`.
 
+        step: which checkpoint of a run, or "best", that with the lowest validation loss; the newest by default.
         robot: a ready robot's name or a YAML file, in place of the run's own; an openpi checkpoint needs it.
-        asset_id, action_horizon, dtype: of an openpi checkpoint, which does not tell (`pi0fast.convert`).
+        asset_id, action_horizon, state_mode, dtype: of an openpi checkpoint, which does not tell (`pi0fast.convert`).
+            Of its LoRA, alpha is taken to be the rank; convert it where it is not.
         options: those of `Policy`.
 
         Raises:
-            FileNotFoundError: `path` is neither, or the run has no checkpoint yet.
+            FileNotFoundError: `path` is neither, or the run has no such checkpoint, or none yet.
+            CorruptCheckpointError: naming the folder, what is damaged, and the checkpoint before it.
             ValueError: which robot it is for is not known, the weights or the statistics do not fit, or an option's.
         """
         folder = Path(path)
         if (folder / "params").is_dir() or "://" in str(path):
+            if step is not None:
+                raise ValueError(f"{path} is an openpi checkpoint, of one step; leave out step={step!r}")
             if robot is None:
                 raise ValueError(
                     f"{path} is an openpi checkpoint, which does not say which robot it is for; give robot"
@@ -142,7 +143,7 @@ class Policy:
                     "action_horizon of openpi's config, e.g. 50 of pi0_base or 10 of pi0_droid"
                 )
             model_config, stats = convert.describe_openpi(
-                path, asset_id=asset_id, action_horizon=action_horizon, dtype=dtype
+                path, asset_id=asset_id, action_horizon=action_horizon, state_mode=state_mode, dtype=dtype
             )
             config = RunConfig(model_config, find_robot(robot), tokenizer="paligemma")
             check_kernels(config.model, Execution(kernels=options.get("kernels", "auto")))
@@ -154,17 +155,21 @@ class Policy:
         if config.robot is None:
             raise ValueError(f"{path} does not say which robot it is for; give robot, or convert it again with --robot")
         check_kernels(config.model, Execution(kernels=options.get("kernels", "auto")))
-        step = checkpoint.newest_checkpoint(folder)
-        transform = make_transform(config, normalize.load(checkpoint.stats_path(step)))
+        found = checkpoint.find_checkpoint(folder, step)
+        transform = make_transform(config, checkpoint.load_stats(found))
         abstract = nnx.eval_shape(lambda: Pi0(config.model, rngs=nnx.Rngs(0)))
         dtypes = dict.fromkeys(matmul_weights(abstract), config.model.dtype)
-        model = replace(abstract, checkpoint.load_arrays(step / "params", dtypes=dtypes))
+        model = replace(abstract, checkpoint.load_item(found, "params", dtypes=dtypes))
         return Policy(model, transform, **options)
 
     @property
     def sampler(self) -> Sampler:
         """The model, as the compiled calls have it."""
         return jax.tree.unflatten(self._structure, self._weights)
+
+    def program(self, batch_size: int, prompt_len: int, guided: bool = False) -> jax.stages.Compiled:
+        """The compiled call for so many observations with prompts of this length in tokens, both as compiled for."""
+        return self._programs[batch_size, prompt_len, guided]
 
     @property
     def config(self) -> Pi0Config:
@@ -268,7 +273,7 @@ class Policy:
             free = np.zeros(shape[1:], np.float32), np.zeros(shape[1], np.float32)
             guides = map(np.stack, zip(*(request.guidance or free for request in filled), strict=True))
 
-        program = self._programs[batch, observation.tokenized_prompt.shape[1], guided]
+        program = self.program(batch, observation.tokenized_prompt.shape[1], guided)
         called = time.perf_counter()
         actions = np.asarray(program(self._weights, observation, noise, *guides))[:count]
         fetched = time.perf_counter()
@@ -289,7 +294,7 @@ class Policy:
     def warmup(self) -> None:
         """Runs every program once, so that the first request waits for nothing."""
         for key, program in self._programs.items():
-            inputs = _abstract(self.config, self._transform, *key)
+            inputs = abstract_inputs(self.config, self._transform.cameras, *key)
             jax.block_until_ready(program(self._weights, *jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)))
 
     def _draw(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -301,7 +306,7 @@ class Policy:
 def default_buckets(max_token_len: int) -> tuple[int, ...]:
     """Prompt lengths to compile for: quarters of the longest, rounded up to 16 tokens."""
     quarters = (-(-max_token_len * i // 4) for i in range(1, 5))
-    return tuple(sorted({min(-(-length // 16) * 16, max_token_len) for length in quarters}))
+    return tuple(sorted({padded_len(length, max_token_len) for length in quarters}))
 
 
 def make_transform(config: RunConfig, stats: Mapping[str, normalize.NormStats]) -> SampleTransform:
@@ -319,16 +324,31 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache / "pi0fast" / "programs"))
 
 
-def _abstract(config: Pi0Config, transform: SampleTransform, batch: int, prompt_len: int, guided: bool) -> tuple:
-    """A program's inputs: an observation of the robot's cameras, noise, and what guides it."""
+def make_call(structure: Any, execution: Execution, rtc: RtcConfig | None = None) -> Any:
+    """The jitted call that every program of a policy is: weights, observation, noise and what guides it → actions.
+
+    weights: the leaves of a `Sampler` of this structure, since a plain list passes into a call without Python's help.
+    """
+
+    def sample(weights, observation: Observation, noise, *guide):
+        guided = Guidance(guide[0], guide[1], rtc.max_guidance) if rtc and guide else None
+        return jax.tree.unflatten(structure, weights)(observation, noise, guided, execution=execution)
+
+    return jax.jit(sample, donate_argnames="noise")
+
+
+def abstract_inputs(
+    config: Pi0Config, cameras: Sequence[str], batch: int, prompt_len: int, guided: bool = False
+) -> tuple:
+    """A program's inputs: an observation, noise, and what guides it."""
 
     def array(*shape: int, dtype: Any = np.float32):
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
     size = config.image_size
     observation = Observation(
-        images={camera: array(size, size, 3, dtype=np.uint8) for camera in transform.cameras},  # pyright: ignore[reportArgumentType]
-        image_masks={camera: array(dtype=np.bool_) for camera in transform.cameras},  # pyright: ignore[reportArgumentType]
+        images={camera: array(size, size, 3, dtype=np.uint8) for camera in cameras},  # pyright: ignore[reportArgumentType]
+        image_masks={camera: array(dtype=np.bool_) for camera in cameras},  # pyright: ignore[reportArgumentType]
         state=array(config.action_dim),  # pyright: ignore[reportArgumentType]
         tokenized_prompt=array(prompt_len, dtype=np.int32),  # pyright: ignore[reportArgumentType]
         tokenized_prompt_mask=array(prompt_len, dtype=np.bool_),  # pyright: ignore[reportArgumentType]

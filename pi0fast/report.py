@@ -2,11 +2,11 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -15,7 +15,7 @@ Tracker = Literal["tensorboard", "wandb"]
 class Report:
     """Collects the metrics of steps and writes them, one process only; a context manager.
 
-    metrics.jsonl keeps the lines of steps up to `start`, so a resumed run has one line per logged step.
+    metrics.jsonl and validation.jsonl keep the lines of steps up to `start`, so a resumed run has one line per step.
     """
 
     def __init__(self, run: Path, *, start: int, steps: int, log_every: int, tracker: Tracker | None, enabled: bool):
@@ -31,11 +31,12 @@ class Report:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, shown="compiling")
-        self._path = run / "metrics.jsonl"
+        self._path, self._validation_path = run / "metrics.jsonl", run / "validation.jsonl"
         self._waited, self._counted = 0.0, 0
         self._since = time.perf_counter()
         if enabled:
             _cut(self._path, start)
+            _cut(self._validation_path, start)
             self._file = self._path.open("a")
             self._track = _open_tracker(tracker, run)
 
@@ -48,8 +49,8 @@ class Report:
         if self._enabled:
             self._file.close()
 
-    def print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+    def print(self, text: RenderableType) -> None:
+        self._console.print(text, highlight=False, soft_wrap=isinstance(text, str))
 
     def step(
         self, step: int, metrics: Mapping[str, float], *, wait_s: float, samples: int, flops: float, peak: float | None
@@ -87,16 +88,35 @@ class Report:
             self._file.flush()
             self._track(line)
 
+    def validation(self, step: int, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Evaluate the model of this step, and write what that gives. Its time is left out of the training's rates."""
+        start = time.perf_counter()
+        values = evaluate()
+        seconds = time.perf_counter() - start
+        self._since += seconds
+        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.print(f"step {step}  validation: {shown}  ({seconds:.1f} s)")
+        if self._enabled:
+            with self._validation_path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            self._track({"step": step, **{f"validation_{name}": value for name, value in values.items()}})
+        return values
+
     def plot_loss(self) -> Path | None:
-        """Draw metrics.jsonl's loss as loss.png beside it; None where this process writes nothing."""
+        """Draw the losses of metrics.jsonl and validation.jsonl as loss.png beside them; None where this process writes
+        nothing."""
         if not self._enabled:
             return None
         import matplotlib.figure  # only now: it takes a second to import
 
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
         figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+        for path, label in ((self._path, "training"), (self._validation_path, "validation")):
+            if path.exists():
+                lines = [json.loads(line) for line in path.read_text().splitlines()]
+                axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=label)
+        if self._validation_path.exists():
+            axes.legend()
         axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log", title=self._path.parent.name)
         target = self._path.with_name("loss.png")
         figure.savefig(target, dpi=120)

@@ -4,6 +4,7 @@ A `Sampler` holds a model's weights as sampling wants them, made once:
 
 - layers one by one, matrices in the matmul dtype: nothing copies a layer's weights out of a stack;
 - query, key and value projections as one matrix;
+- LoRA's updates merged into the projections;
 - everything that depends on time only, for every evaluation: Pi0's part of the action tokens, or the modulations of
   all of Pi0.5's norms, whose weights are then not needed any more.
 
@@ -27,6 +28,7 @@ from pi0fast.execution import Execution, cast
 from pi0fast.flow import Solver
 from pi0fast.gemma import ActionExpert, KVCache, Layer, Modulation, Modulations, Places, attend_cached, final_norm
 from pi0fast.layout import PrefixLayout
+from pi0fast.lora import merge
 from pi0fast.observation import Observation
 from pi0fast.params import flatten
 from pi0fast.pi0 import Pi0, validate
@@ -96,7 +98,7 @@ class Sampler:
         Raises:
             ValueError: no step, or an unknown solver.
         """
-        model = nnx.merge(*nnx.split(model))  # the modules below are replaced
+        model = nnx.merge(*nnx.split(merge(model)))  # the modules below are replaced
         conditions = _conditions(model, num_steps, solver)
         siglip, vlm, expert = model.siglip, model.vlm, model.action_expert
         dtype = vlm.dtype

@@ -29,9 +29,10 @@ from websockets.http11 import Request, Response
 
 from pi0fast import wire
 from pi0fast.batching import Batcher, BatchPolicy, Metrics, RequestError
+from pi0fast.config import StateMode
 from pi0fast.execution import Kernels
 from pi0fast.flow import Solver
-from pi0fast.policy import Policy, keep_compiled_programs
+from pi0fast.policy import Policy, Step, keep_compiled_programs
 from pi0fast.rtc import RtcConfig
 
 logger = logging.getLogger(__name__)
@@ -283,9 +284,11 @@ def main(
     checkpoint: str,
     host: str = "127.0.0.1",
     port: int = 8000,
+    step: Step | None = None,
     robot: str | None = None,
     asset_id: str | None = None,
     action_horizon: int | None = None,
+    state_mode: StateMode | None = None,
     num_steps: int = 10,
     solver: Solver = "euler",
     seed: int = 0,
@@ -304,8 +307,9 @@ def main(
     checkpoint: the folder of a run, or an openpi checkpoint `<step>`, local or gs://.
     host: the address to serve at; 0.0.0.0 serves the network, and should have an API key.
     port: 0 takes a free one.
+    step: of a run's checkpoint, or `best`, that with the lowest validation loss; by default the newest.
     robot: a ready robot's name or a YAML file, in place of the run's; an openpi checkpoint needs it.
-    asset_id, action_horizon: of an openpi checkpoint, which does not tell.
+    asset_id, action_horizon, state_mode: of an openpi checkpoint, which does not tell.
     num_steps, solver: from noise to actions.
     seed: of the noise.
     batch_sizes: to compile for; requests that wait together run together, up to the last.
@@ -325,9 +329,11 @@ def main(
             logger.warning("anyone who reaches %s can use this server; give it an --api-key-file", address)
         policy = Policy.load(
             checkpoint,
+            step=step,
             robot=robot,
             asset_id=asset_id,
             action_horizon=action_horizon,
+            state_mode=state_mode,
             num_steps=num_steps,
             solver=solver,
             seed=seed,

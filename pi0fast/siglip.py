@@ -37,7 +37,7 @@ class PatchEmbedding(nnx.Module):
         patch, width = config.siglip.patch_size, config.siglip.width
         self.patch_size = patch
         self.proj = Linear(patch * patch * 3, width, (None, "embed"), rngs=rngs)
-        self.position = param(rngs, (config.tokens_per_image, width), (None, "embed"), normal(width**-0.5))
+        self.position = param(rngs, (config.tokens_per_image, width), ("positions", "embed"), normal(width**-0.5))
 
     def __call__(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B T D"]:
         b, height, width, channels = images.shape

@@ -5,6 +5,7 @@ import os
 import tempfile
 import urllib.request
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,11 @@ PALIGEMMA_SHA256 = "8986bb4f423f07f8c7f70d0dbe3526fb2316056c17bae71b1ea975e77a16
 PATH_VARIABLE = "PI0FAST_TOKENIZER"
 
 STATE_BINS = np.linspace(-1.0, 1.0, 257)[:-1]  # left edges
+
+
+def padded_len(tokens: int, max_len: int) -> int:
+    """To how many tokens prompts of so many are padded: whole tiles of 16, and no more than the model takes."""
+    return min(-(-tokens // 16) * 16, max_len)
 
 
 class PromptTokenizer:
@@ -52,18 +58,26 @@ class PromptTokenizer:
         256 bins over [-1, 1] per dimension (-1 below them, 255 above). A prompt that is too long loses its end; the
         first time, with a warning.
         """
-        text = prompt.strip().replace("_", " ").replace("\n", " ")
-        if state is None:
-            tokens = [self._bos, *self._model.encode(text), *self._newline]
-        else:
-            bins = " ".join(str(index) for index in np.digitize(state, STATE_BINS) - 1)
-            tokens = [self._bos, *self._model.encode(f"Task: {text}, State: {bins};\nAction: ")]
+        tokens = self._tokens(prompt, state)
         if len(tokens) > self.max_len:
             self._warn_truncated(prompt, len(tokens))
         tokens = tokens[: self.max_len]
         padded = np.zeros(self.max_len, np.int32)
         padded[: len(tokens)] = tokens
         return padded, np.arange(self.max_len) < len(tokens)
+
+    def longest(self, prompts: Iterable[str], state_dim: int | None = None) -> int:
+        """How many tokens the longest of these prompts takes, at most `max_len`. state_dim: in Pi0.5's format, at any
+        state, if each digit is a token of its own, as PaliGemma's tokenizer has it."""
+        state = None if state_dim is None else np.ones(state_dim)  # the last bin, 255: no other has more digits
+        return min(max(len(self._tokens(prompt, state)) for prompt in prompts), self.max_len)
+
+    def _tokens(self, prompt: str, state: np.ndarray | None) -> list[int]:
+        text = prompt.strip().replace("_", " ").replace("\n", " ")
+        if state is None:
+            return [self._bos, *self._model.encode(text), *self._newline]
+        bins = " ".join(str(index) for index in np.digitize(state, STATE_BINS) - 1)
+        return [self._bos, *self._model.encode(f"Task: {text}, State: {bins};\nAction: ")]
 
     def _warn_truncated(self, prompt: str, length: int) -> None:
         if not self._warned:

@@ -3,14 +3,12 @@
     python -m pi0fast.train                                                     the demo, on any machine
     python -m pi0fast.train pi0_base --mesh=fsdp:8 --data=… --robot=aloha --init-from=…
 
-Reads top to bottom: the data, the train state, the step, the loop.
+Reads top to bottom: the data, the step, the loop.
 """
 
 import dataclasses
-import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,28 +17,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from pi0fast import augment, checkpoint, config, convert, flops, flow, fsdp, norm_stats, normalize, optim
+from pi0fast import (
+    augment,
+    checkpoint,
+    compiler,
+    config,
+    flops,
+    flow,
+    fsdp,
+    init_from,
+    memory,
+    norm_stats,
+    normalize,
+    optim,
+    storage,
+    trace,
+    validation,
+)
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import Checkpoints, RunConfig
 from pi0fast.config import Pi0Config
 from pi0fast.data import demo_dataset
+from pi0fast.data.lerobot_format import LeRobotFiles, find_dataset
 from pi0fast.data.lerobot_source import LeRobotSource
 from pi0fast.data.loader import Loader
+from pi0fast.distributed import ALONE, Processes, join
 from pi0fast.normalize import NormStats
 from pi0fast.observation import Observation
-from pi0fast.params import flatten, replace, replace_state
-from pi0fast.pi0 import Pi0, check_kernels
+from pi0fast.params import flatten
+from pi0fast.pi0 import check_kernels
 from pi0fast.report import Report
 from pi0fast.robots import find_robot
 from pi0fast.settings import DEFAULTS, Settings, to_dict
-from pi0fast.tokenizer import PromptTokenizer, resolve_tokenizer
+from pi0fast.tokenizer import PromptTokenizer, padded_len, resolve_tokenizer
+from pi0fast.train_state import TrainState, abstract_state, initialize, restore, save
 from pi0fast.transforms import SampleTransform
+from pi0fast.tuning import adapted, check_resumes
+from pi0fast.validation import Validation
 
 DEMO_DATA = Path("data/demo")
 DEMO_EPISODES = 1000
@@ -51,36 +70,54 @@ DEMO_EPISODES = 1000
 
 def open_data(
     settings: Settings, model: Pi0Config, resumed: Path | None = None
-) -> tuple[Loader, SampleTransform, dict[str, NormStats]]:
-    """The batches of this process, and the statistics that they are normalised with: a resumed checkpoint's, or the
-    data set's, computed once."""
+) -> tuple[Loader, Loader | None, SampleTransform, dict[str, NormStats]]:
+    """This process's batches of training and, where episodes are held out, of validation; and the statistics that they
+    are normalised with: a resumed checkpoint's, or those of the whole data set, computed once."""
     robot = find_robot(settings.robot)
     data = settings.data
     if data is None:
         if robot.name != "demo":
             raise ValueError(f"--robot={settings.robot} needs --data; without --data the demo's own data set is used")
         data = str(demo_dataset.find_or_write(DEMO_DATA, DEMO_EPISODES))
+    files = LeRobotFiles(find_dataset(data))
+    val = settings.val
+    held_out = validation.held_out(files.info["total_episodes"], val.fraction) if val.fraction else set()
     source = LeRobotSource(
-        data, robot, model.action_horizon, model.image_size, on_bad_sample=settings.input.on_bad_sample
+        files.root,
+        robot,
+        model.action_horizon,
+        model.image_size,
+        on_bad_sample=settings.input.on_bad_sample,
+        cache_bytes=int(settings.input.cache_gib * (1 << 30)),
     )
     stats_path = norm_stats.norm_stats_path(source.root, robot, model.action_horizon)
-    if resumed is not None:
-        stats_path = checkpoint.stats_path(resumed)
-    elif not stats_path.exists():
+    if resumed is None and not stats_path.exists():
         normalize.save(stats_path, norm_stats.compute_norm_stats(source.root, robot, model.action_horizon))
-    stats = normalize.load(stats_path)
+    stats = normalize.load(stats_path) if resumed is None else checkpoint.load_stats(resumed)
     tokenizer = PromptTokenizer(resolve_tokenizer(settings.input.tokenizer), model.max_token_len)
-    transform = SampleTransform(model, robot, stats, tokenizer, settings.input.max_normalized)
-    loader = Loader(
-        source,
-        transform,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        workers=settings.input.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    return loader, transform, stats
+    prompt_len = find_prompt_len(settings.input.prompt_len, tokenizer, source, model)
+    transform = SampleTransform(model, robot, stats, tokenizer, settings.input.max_normalized, prompt_len)
+    load = partial(Loader, transform=transform, process_index=jax.process_index(), process_count=jax.process_count())
+    training = source.part(set(range(source.num_episodes)) - held_out) if held_out else source
+    loader = load(training, batch_size=settings.batch_size, seed=settings.seed, workers=settings.input.workers)
+    held_out_loader = None
+    if held_out:
+        microbatch = settings.batch_size // settings.accum
+        held_out_loader = load(source.part(held_out), batch_size=microbatch, seed=val.seed)
+    return loader, held_out_loader, transform, stats
+
+
+def find_prompt_len(asked: int | None, tokenizer: PromptTokenizer, source: LeRobotSource, model: Pi0Config) -> int:
+    """Prompt tokens to compute: what was asked for, or what the data's longest prompt is padded to.
+
+    Raises: ValueError if that is longer than what was asked for.
+    """
+    longest = tokenizer.longest(source.prompts.values(), source.state_dim if model.state_mode == "prompt" else None)
+    if asked is None:
+        return padded_len(longest, model.max_token_len)
+    if asked < longest:
+        raise ValueError(f"--input.prompt-len={asked}: the data's prompts take up to {longest} tokens; raise it")
+    return asked
 
 
 def to_device(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -90,72 +127,28 @@ def to_device(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-# ── Train state ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def abstract_batch(
+    model_config: Pi0Config, batch_size: int, cameras: Sequence[str], mesh: Mesh, prompt_len: int | None = None
+) -> dict[str, Any]:
+    """A batch of the trainer's: shapes, dtypes, and where they lie. prompt_len: the longest by default."""
 
+    def array(*shape: int, dtype: Any = np.float32):
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=meshes.batch_sharding(mesh))
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """What a step changes. Sharded over `fsdp`, in float32; frozen weights are apart, in the model's dtype."""
-
-    step: Array
-    weights: nnx.State
-    average: nnx.State | None
-    opt_state: Any
-
-    def for_inference(self, frozen: nnx.State) -> dict[str, Array]:
-        """The weights that inference uses, by path."""
-        weights = self.weights if self.average is None else self.average
-        return {path: variable[...] for path, variable in (flatten(weights) | flatten(frozen)).items()}
-
-
-def initialize(
-    model_config: Pi0Config, settings: Settings, mesh: Mesh, init_from: str | None
-) -> tuple[nnx.GraphDef, TrainState, nnx.State, dict[str, Array]]:
-    """graphdef, train state, frozen weights, and openpi's dead parameters where the weights come from openpi.
-
-    Each weight is made or read where it lies on the mesh.
-    """
-    abstract = nnx.eval_shape(lambda: Pi0(model_config, rngs=nnx.Rngs(0)))
-    is_frozen = optim.frozen_filter(abstract, settings.freeze)
-
-    def split(model: Pi0) -> tuple[TrainState, nnx.State]:
-        _, frozen, weights = nnx.split(model, is_frozen, ...)
-        weights = jax.tree.map(lambda x: x.astype(jnp.float32), weights)
-        frozen = jax.tree.map(lambda x: x.astype(model_config.dtype), frozen)
-        average = weights if settings.optim.ema_decay is not None else None
-        opt_state = settings.optim.optimizer().init(weights)
-        state = TrainState(jnp.zeros((), jnp.int32), weights, average, opt_state)
-        return fsdp.place((state, frozen), mesh)
-
-    graphdef, _, _ = nnx.split(abstract, is_frozen, ...)
-    if init_from is None:
-        make, given, dead = lambda key: split(Pi0(model_config, rngs=nnx.Rngs(key))), jax.random.key(settings.seed), {}
-    else:
-        model, dead = load_weights(init_from, model_config, mesh)
-        whole, given = nnx.split(model)
-        make = lambda weights: split(nnx.merge(whole, weights))  # noqa: E731
-    where = fsdp.shardings(jax.eval_shape(make, given), mesh)
-    state, frozen = jax.jit(make, out_shardings=where)(given)
-    return graphdef, state, frozen, dead
-
-
-def load_weights(source: str, model_config: Pi0Config, mesh: Mesh) -> tuple[Pi0, dict[str, Array]]:
-    """The model of a run of ours or of an openpi checkpoint, sharded over the mesh, and openpi's dead parameters."""
-    run = Path(source)
-    if not (run / "config.json").exists():
-        return convert.load_openpi_model_and_dead(source, model_config, mesh)
-    abstract = nnx.eval_shape(lambda: Pi0(model_config, rngs=nnx.Rngs(0)))
-    folder = checkpoint.newest_checkpoint(run) / "params"
-    checkpoint.check_shapes(folder, {path: variable.shape for path, variable in flatten(abstract).items()})
-    weights = checkpoint.load_arrays(folder, shardings=fsdp.weight_shardings(abstract, mesh))
-    dead = checkpoint.load_arrays(run / "dead") if (run / "dead").exists() else {}
-    return replace(abstract, weights), dead
+    size, prompt = model_config.image_size, prompt_len or model_config.max_token_len
+    return {
+        "images": {camera: array(size, size, 3, dtype=np.uint8) for camera in cameras},
+        "image_masks": {camera: array(dtype=np.bool_) for camera in cameras},
+        "state": array(model_config.action_dim),
+        "tokenized_prompt": array(prompt, dtype=np.int32),
+        "tokenized_prompt_mask": array(prompt, dtype=np.bool_),
+        "actions": array(model_config.action_horizon, model_config.action_dim),
+        "action_is_pad": array(model_config.action_horizon, dtype=np.bool_),
+        "example": array(dtype=np.uint32),
+    }
 
 
 # ── One step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-Step = Callable[[TrainState, nnx.State, dict[str, Any]], tuple[TrainState, dict[str, Array]]]
 
 
 def make_step(
@@ -165,31 +158,61 @@ def make_step(
     mesh: Mesh,
     state: TrainState,
     frozen: nnx.State,
-) -> Step:
-    """`state, metrics = step(state, frozen, batch)`; the state is donated."""
-    execution = fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels)
+    action_weights: tuple[float, ...] | None = None,
+) -> jax.stages.Wrapped:
+    """`state, metrics = step(state, frozen, batch)`; the state is donated.
+
+    action_weights: of the model's action dimensions, see `settings.LossSettings`.
+    """
+    execution = fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels, reduce_dtype=settings.reduce_dtype)
     optimizer, schedule = settings.optim.optimizer(), settings.optim.schedule()
     noise_key, augment_key = jax.random.split(jax.random.key(settings.seed))
     sharded, replicated = PartitionSpec(meshes.AXES), PartitionSpec()
+    of_dims = None if action_weights is None else jnp.array(action_weights, jnp.float32)
 
-    def loss_and_gradients(weights, frozen, batch):
-        """On one device's shards of weights and batch: mean loss, gradients of its shards, each example's loss."""
-        observation = Observation(**{name.name: batch[name.name] for name in dataclasses.fields(Observation)})
+    def counted(batch):
+        return flow.counted_steps(batch["action_is_pad"], settings.loss.mask_padding)
+
+    def loss(weights, frozen, batch, total):
+        """One device's part of the mean over `total` steps, and each example's loss."""
+        observation = Observation.of(batch)
         example, actions = batch["example"], batch["actions"]
         if settings.input.augment:
-            keys = jax.vmap(partial(jax.random.fold_in, augment_key))(example)
-            observation = augment.augment(observation, keys)
-        noise, t = flow.draw(noise_key, example, actions.shape[1:])
-        counted = ~batch["action_is_pad"] if settings.input.mask_padding else jnp.ones(actions.shape[:2], bool)
-        total = lax.psum(jnp.sum(counted, dtype=jnp.float32), meshes.AXES)
-
-        def loss(weights):
-            model = nnx.merge(graphdef, fsdp.vary(weights), fsdp.vary(frozen))
-            losses = model.loss(observation, actions, noise, t, execution=execution) * counted
+            with jax.named_scope("augment"):
+                keys = jax.vmap(partial(jax.random.fold_in, augment_key))(example)
+                observation = augment.augment(observation, keys)
+        with jax.named_scope("draw"):
+            noise, t = flow.draw(noise_key, example, actions.shape[1:], settings.flow_samples)
+        model = nnx.merge(graphdef, weights, frozen)
+        losses = model.loss(observation, actions, noise, t, weights=of_dims, execution=execution)
+        with jax.named_scope("loss"):
+            if settings.flow_samples > 1:
+                losses = jnp.mean(losses.reshape(len(actions), settings.flow_samples, -1), axis=1)
+            losses *= counted(batch)
             return jnp.sum(losses) / total, jnp.mean(losses, axis=1)
 
-        (mean, losses), gradients = jax.value_and_grad(loss, has_aux=True)(weights)
-        return lax.psum(mean, meshes.AXES), gradients, losses
+    def loss_and_gradients(weights, frozen, batch):
+        """On one device's shards of weights and batch: mean loss, gradients of its shards, each example's loss.
+
+        The transpose of `vary` sums replicated weights' gradients over devices: once, after all microbatches.
+        """
+        total = lax.psum(jnp.sum(counted(batch), dtype=jnp.float32), meshes.AXES)
+        weights, sum_over_devices = jax.vjp(fsdp.vary, weights)
+        frozen = fsdp.vary(frozen)
+        value_and_gradient = jax.value_and_grad(loss, has_aux=True)
+        if settings.accum == 1:
+            (part, losses), gradients = value_and_gradient(weights, frozen, batch, total)
+        else:
+
+            def accumulate(sums, microbatch):
+                values, gradients = value_and_gradient(weights, frozen, microbatch, total)
+                return jax.tree.map(jnp.add, sums, gradients), values
+
+            microbatches = jax.tree.map(lambda x: x.reshape(settings.accum, -1, *x.shape[1:]), batch)
+            gradients, (parts, losses) = lax.scan(accumulate, jax.tree.map(jnp.zeros_like, weights), microbatches)
+            part, losses = jnp.sum(parts), losses.reshape(-1)
+        (gradients,) = sum_over_devices(gradients)
+        return lax.psum(part, meshes.AXES), gradients, losses
 
     weight_specs = fsdp.specs(state.weights)
     loss_and_gradients = jax.shard_map(
@@ -207,18 +230,20 @@ def make_step(
             average = state.average
             if average is not None and settings.optim.ema_decay is not None:
                 average = optim.update_average(average, weights, settings.optim.ema_decay)
-        metrics = {
-            "loss": loss,
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": jnp.asarray(schedule(state.step)),
-            "losses": losses,
-        }
+        with jax.named_scope("metrics"):
+            metrics = {
+                "loss": loss,
+                "grad_norm": optax.tree.norm(gradients),
+                "learning_rate": jnp.asarray(schedule(state.step)),
+                "losses": losses,
+            }
         return dataclasses.replace(
             state, step=state.step + 1, weights=weights, average=average, opt_state=opt_state
         ), metrics
 
-    where = fsdp.shardings(state, mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    where = jax.tree.map(lambda x: x.sharding, state)
+    options = compiler.options(mesh, settings.xla)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None), compiler_options=options)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -230,7 +255,9 @@ def check_finite(step: int, metrics: dict[str, Array], index: np.ndarray) -> dic
     scalars = {name: float(value) for name, value in metrics.items() if value.ndim == 0}
     if np.isfinite(scalars["loss"]) and np.isfinite(scalars["grad_norm"]):
         return scalars
-    losses = np.concatenate([np.asarray(shard.data) for shard in metrics["losses"].addressable_shards])
+    shards = sorted(metrics["losses"].addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    losses = np.concatenate([np.asarray(shard.data) for shard in shards])
+    losses, index = multihost_utils.process_allgather((losses, index), tiled=True)
     bad = np.flatnonzero(~np.isfinite(losses))
     where = (
         f"samples {index[bad].tolist()} of the data set (batch indices {bad.tolist()}) have a loss that is not finite"
@@ -254,91 +281,96 @@ def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
         return
     if not settings.resume:
         raise FileExistsError(f"{run} holds a run; add --resume to go on with it, or give another --out")
-    if RunConfig.load(run).model != model_config:
-        raise ValueError(f"{run} is a run of another model; give its preset, or another --out")
+    held = RunConfig.load(run)
+    if held.model != model_config:
+        was, now = held.model.state_mode, model_config.state_mode
+        if dataclasses.replace(held.model, state_mode=None) == dataclasses.replace(model_config, state_mode=None):
+            raise ValueError(
+                f"{run} began with state_mode={was!r}, not {now!r}; give --input.state-mode={was}, or another --out"
+            )
+        raise ValueError(f"{run} is a run of another model; give its preset, --tune and --lora, or another --out")
+    check_resumes(held.train, settings)
+    settings.optim.check_resumes(held.train.get("optim", {}))
+    settings.val.check_resumes(held.train.get("val", {}))
+    newest = checkpoint.newest_step(run)
+    if newest is not None and not (checkpoint.step_folder(run, newest) / "train_state").exists():
+        raise ValueError(f"{run} has weights to start from and no training to go on with; give it as --init-from")
 
 
-def save(
-    checkpoints: Checkpoints, state: TrainState, frozen: nnx.State, loader: Loader, stats: dict[str, NormStats]
-) -> None:
-    """Starts writing; the arrays are copied off the device before it returns."""
-    weights = None if state.average is None else state.weights
-    checkpoints.save(
-        int(state.step),
-        params=state.for_inference(frozen),
-        train_state=(state.step, weights, state.opt_state),
-        loader=loader.state(),
-        norm_stats=stats,
-    )
-
-
-def restore(
-    checkpoints: Checkpoints, step: int, state: TrainState, frozen: nnx.State, loader: Loader
-) -> tuple[TrainState, nnx.State]:
-    """State, frozen weights and the loader's position as they were after `step`, placed as the given ones are."""
-    weights = None if state.average is None else state.weights
-    like = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding))
-    params, (count, weights, opt_state), position = checkpoints.restore(
-        step, like(state.for_inference(frozen)), like((state.step, weights, state.opt_state))
-    )
-    loader.restore(position)
-    averaged = replace_state(state.weights, params)
-    if weights is None:
-        return TrainState(count, averaged, None, opt_state), replace_state(frozen, params)
-    return TrainState(count, weights, averaged, opt_state), replace_state(frozen, params)
-
-
-class StopSignal:
-    """Between enter and exit, Ctrl-C and SIGTERM ask the loop to save and stop; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def train(preset: str, settings: Settings) -> Path:
+def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path:
     """Train to the end, or until a signal asks to stop; returns the run's folder."""
-    model_config = config.PRESETS[preset]()
+    model_config = adapted(config.PRESETS[preset](), settings)
     mesh = meshes.make(settings.mesh)
-    meshes.check_batch(settings.batch_size, mesh)
+    meshes.check_batch(settings.batch_size, mesh, settings.accum)
+    settings.val.check()
     with jax.set_mesh(mesh):
         check_kernels(model_config, fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels))
+    compiler.options(mesh, settings.xla)  # a wrong one is an error now, not after all has been read
+    graphdef, state, frozen = abstract_state(model_config, settings, mesh)
     run = settings.out or Path("runs") / preset
+    processes.check_shared(run)
     check_out(run, model_config, settings)
-    start = checkpoint.newest_step(run) or 0
-    loader, transform, stats = open_data(settings, model_config, checkpoint.step_folder(run, start) if start else None)
-    graphdef, state, frozen, dead = initialize(model_config, settings, mesh, settings.init_from if not start else None)
-
-    if not start:
-        RunConfig(model_config, transform.robot, settings.input.tokenizer, to_dict(settings)).save(run)
-        if dead and not (run / "dead").exists():
-            checkpoint.save_arrays(run / "dead", dead)
-    checkpoints = Checkpoints(run, keep_last=settings.output.keep_last, keep_every=settings.output.keep_every)
+    start = processes.agree(checkpoint.step_to_resume(run, settings.resume_step) or 0)
+    traced = trace.steps_to_trace(settings.profile, start, settings.steps)
+    new = "" if start or not settings.init_from else str(init_from.plan(settings.init_from, model_config))
+    with processes.first_alone():  # what it decodes and computes, the others find
+        resumed = checkpoint.step_folder(run, start) if start else None
+        loader, held_out, transform, stats = open_data(settings, model_config, resumed)
+    action_weights = settings.loss.action_weights(transform.action_stats.dim, model_config.action_dim)
     if start:
-        state, frozen = restore(checkpoints, start, state, frozen, loader)
-    step_flops = flops.train_step(model_config, len(transform.cameras), model_config.max_token_len, settings.batch_size)
+        state, frozen = restore(run, start, state, frozen, loader)
+        checkpoint.set_newer_aside(run, start)
+    else:
+        state, frozen, dead = initialize(model_config, settings, mesh)
+        if processes.is_first:
+            RunConfig(model_config, transform.robot, settings.input.tokenizer, to_dict(settings)).save(run)
+        if dead and not (run / "dead").exists():
+            storage.save_arrays(run / "dead", dead)
+        del dead
+    checkpoints = Checkpoints(
+        run,
+        keep_last=settings.output.keep_last,
+        keep_every=settings.output.keep_every,
+        keep_best=held_out is not None,
+    )
+    step_flops = flops.train_step(
+        model_config,
+        len(transform.cameras),
+        transform.prompt_len,
+        settings.batch_size,
+        trained=flatten(state.weights).keys(),
+        flow_samples=settings.flow_samples,
+    )
     peak = flops.peak(mesh.devices.flat[0].device_kind)
-    train_step = make_step(graphdef, model_config, settings, mesh, state, frozen)
-    stop = StopSignal()
+    place, validate = partial(to_device, mesh=mesh), None
+    if held_out:
+        action_dim = transform.action_stats.dim
+        validation_step = validation.make_step(
+            graphdef, settings, mesh, state.averaged, frozen, action_dim, action_weights
+        )
+        validate = Validation(held_out, settings.val.batches, validation_step, place)
     report = Report(
         run,
         start=start,
         steps=settings.steps,
         log_every=settings.output.log_every,
         tracker=settings.output.tracker,
-        enabled=jax.process_index() == 0,
+        enabled=processes.is_first,
     )
+    if new:
+        report.print(new)
+    batch = abstract_batch(model_config, settings.batch_size, transform.cameras, mesh, transform.prompt_len)
+
+    def trace_step(changed: Settings) -> jax.stages.Traced:
+        step = make_step(graphdef, model_config, changed, mesh, state, frozen, action_weights)
+        return step.trace(state, frozen, batch)
+
+    train_step = memory.compile_and_report(trace_step, settings, mesh, state, frozen, report.print)
+    if warning := fsdp.undivided(state.weights, mesh):
+        report.print(warning)
+    if len(traced) < settings.profile:
+        report.print(f"--profile={settings.profile} traces {len(traced)} steps: no more are left of this run")
+    profile = trace.Profile(run / "profile", traced if processes.is_first else range(0), done=start, say=report.print)
 
     step, saved, unchecked = start, start, []
 
@@ -356,38 +388,56 @@ def train(preset: str, settings: Settings) -> Path:
             )
         pending.clear()
 
-    with report, stop, checkpoints:
-        while step < settings.steps and not stop.requested:
+    with processes.stop_signals() as stop, report, profile, checkpoints, processes.errors_end_all():
+        if validate and not start:  # where training starts from; and what fails in it fails before anything is lost
+            report.validation(0, partial(validate, state.averaged, frozen))
+        while step < settings.steps and not stop(step):
             batch = next(loader)
             index = batch.pop("index")
-            state, metrics = train_step(state, frozen, to_device(batch, mesh))
+            state, metrics = profile.run(train_step, state, frozen, place(batch))
             finish(unchecked)
             step += 1
             unchecked.append((step, metrics, index, loader.last_wait_s))
-            if step % settings.output.save_every == 0 or step == settings.steps:
+            saving = step % settings.output.save_every == 0 or step == settings.steps
+            values = None
+            if validate and settings.val.due(step, saving=saving):
                 finish(unchecked)
-                save(checkpoints, state, frozen, loader, stats)
+                values = report.validation(step, partial(validate, state.averaged, frozen))
+            if saving:
+                finish(unchecked)
+                save(checkpoints, state, frozen, loader, stats, values)
                 saved = step
         finish(unchecked)
         if saved < step:
             save(checkpoints, state, frozen, loader, stats)
     loader.close()
     if step < settings.steps:
-        report.print(f"Stopped after step {step} and saved. Go on with the same command and --resume")
+        saying = (
+            f"after step {step} and saved. Go on with the same command and" if step else "before the first step; use"
+        )
+        report.print(f"Stopped {saying} --resume")
     else:
-        report.print(f"Loss curve: {report.plot_loss()}\nNext: python -m pi0fast.evaluate {run}")
+        best = " --step=best" if validate else ""
+        report.print(f"Loss curve: {report.plot_loss()}\nNext: python -m pi0fast.evaluate {run}{best}")
     return run
 
 
 def main(arguments: list[str]) -> None:
     """The command line: `[PRESET] [flags]`. The preset decides the flags' defaults."""
+    import tyro  # timing a step needs this module, and no command line
+
     preset = "pi0_tiny" if not arguments or arguments[0].startswith("-") else arguments.pop(0)
     if preset not in DEFAULTS:
         sys.exit(f"there is no preset {preset!r}; the presets are {', '.join(DEFAULTS)}")
     chosen = tyro.cli(Settings, default=DEFAULTS[preset], args=arguments, prog=f"python -m pi0fast.train [{preset}]")
+    compiler.take_gpu_memory()
+    if chosen.profile:
+        trace.keep_scopes()
+    expected = (OSError, ValueError, NonFiniteLossError)
     try:
-        train(preset, chosen)
-    except (FileNotFoundError, FileExistsError, ValueError, NonFiniteLossError) as error:
+        with join(chosen.distributed, chosen.mesh, expected) as processes:
+            train(preset, chosen, processes)
+    except expected as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -67,6 +67,7 @@ class SampleTransform:
     norm_stats: "state" and "actions", taken after the delta step; z-scores for Pi0, quantiles for Pi0.5.
     max_normalized: a normalised state or action beyond ± this raises (wrong units, wrong statistics, a dimension that
         hardly moved when they were taken); None allows any.
+    prompt_len: prompt tokens that are given out, all that the model takes by default.
 
     Raises ValueError when robot, statistics, tokenizer and model do not fit each other.
     """
@@ -78,6 +79,7 @@ class SampleTransform:
         norm_stats: Mapping[str, NormStats],
         tokenizer: PromptTokenizer,
         max_normalized: float | None = MAX_NORMALIZED,
+        prompt_len: int | None = None,
     ):
         if unknown := sorted(set(robot.cameras) - set(config.cameras)):
             raise ValueError(
@@ -94,6 +96,9 @@ class SampleTransform:
                 f"the tokenizer pads to {tokenizer.max_len} tokens, the model takes {config.max_token_len}; make it "
                 "with max_len=config.max_token_len"
             )
+        self.prompt_len = config.max_token_len if prompt_len is None else prompt_len
+        if not 1 <= self.prompt_len <= config.max_token_len:
+            raise ValueError(f"prompt_len={prompt_len} is not between 1 and the model's {config.max_token_len} tokens")
         self.config = config
         self.robot = robot
         self.tokenizer = tokenizer
@@ -116,8 +121,8 @@ class SampleTransform:
         float `[d]`, "prompt" str, and in training "actions" float `[H, d]` and "action_is_pad" bool `[H]`.
 
         Returns "images" {camera: uint8 `[s, s, 3]`}, "image_masks" {camera: bool}, "state" float32 `[A]`,
-        "tokenized_prompt" int32 `[L]`, "tokenized_prompt_mask" bool `[L]`, and "actions" float32 `[H, A]`,
-        "action_is_pad" bool `[H]` where they were given. Only the robot's cameras are there.
+        "tokenized_prompt" int32 `[prompt_len]`, "tokenized_prompt_mask" bool `[prompt_len]`, and "actions" float32
+        `[H, A]`, "action_is_pad" bool `[H]` where they were given. Only the robot's cameras are there.
 
         Raises ValueError, naming the key, for a key that is missing or unknown, another shape, and for values that are
         not finite or beyond `max_normalized`.
@@ -135,7 +140,7 @@ class SampleTransform:
             image = sample.get(f"image.{camera}")
             images[camera] = self._image(image, camera)
             masks[camera] = image is not None
-        tokens, token_mask = self.tokenizer.encode(sample["prompt"], state if self.config.pi05 else None)
+        tokens, token_mask = self._prompt(sample["prompt"], state)
         output = {
             "images": images,
             "image_masks": masks,
@@ -169,6 +174,14 @@ class SampleTransform:
         actions = actions[..., : self.action_stats.dim]
         actions = unnormalize(actions, self.action_stats, quantiles=self.config.pi05)
         return absolute_actions(actions, state, self.robot.delta_mask).astype(np.float32)
+
+    def _prompt(self, prompt: str, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask = self.tokenizer.encode(prompt, state if self.config.state_mode == "prompt" else None)
+        if mask[self.prompt_len :].any():
+            raise ValueError(
+                f"the prompt {prompt!r} takes {mask.sum()} tokens, more than prompt_len={self.prompt_len}; raise it"
+            )
+        return tokens[: self.prompt_len], mask[: self.prompt_len]
 
     def _image(self, image: np.ndarray | None, camera: str) -> np.ndarray:
         size = self.config.image_size

@@ -3,7 +3,10 @@
 Triton's kernels run in its interpreter; with JAX_PLATFORMS=cuda, tests/kernels/test_on_gpu.py runs them on a GPU.
 """
 
+import dataclasses
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -12,6 +15,8 @@ from jaxtyping import install_import_hook
 
 if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
     os.environ["TRITON_INTERPRET"] = "1"
+
+os.environ.setdefault("PI0FAST_COMMIT", "tests")  # results need one, also where the files are no git checkout
 
 # Most tests of the trainer compile the same few programs.
 COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
@@ -28,6 +33,37 @@ CHECKED = (*KERNELS, "pi0fast_kernels.ranges", "pi0fast.flow", "pi0fast.gemma", 
 install_import_hook(CHECKED, "beartype.beartype")
 
 DEMO_EPISODES = 6
+
+
+@pytest.fixture
+def own_mounts():
+    """What to put before a command that mounts file systems of its own, which need no rights and end with it."""
+    prefix = ("unshare", "--map-root-user", "--mount")
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("a small file system needs `unshare --map-root-user --mount`, which this machine does not allow")
+    return prefix
+
+
+@pytest.fixture
+def mini_settings(demo_dataset, tmp_path, monkeypatch):
+    """Six steps on the demo's data in a folder that is not there yet; `pi0_tiny` stands for a smaller model."""
+    from pi0fast import config
+    from pi0fast.optim import OptimConfig
+    from pi0fast.settings import TINY
+    from tests.mini import MINI
+
+    monkeypatch.setitem(config.PRESETS, "pi0_tiny", lambda: MINI)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(demo_dataset.parent / "cache"))
+    return dataclasses.replace(
+        TINY,
+        mesh="fsdp:1",
+        data=str(demo_dataset),
+        steps=6,
+        batch_size=8,
+        out=tmp_path / "run",
+        optim=OptimConfig(peak_lr=1e-3, warmup_steps=2, decay_steps=20),
+        output=dataclasses.replace(TINY.output, save_every=3, log_every=1),
+    )
 
 
 @pytest.fixture(scope="session")

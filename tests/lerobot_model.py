@@ -1,6 +1,8 @@
 """lerobot's PyTorch Pi0 and Pi0.5 in any size, without downloads, and our observations as it takes them."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -20,13 +22,14 @@ def modeling(sizes: Pi0Config) -> ModuleType:
     return importlib.import_module(f"lerobot.policies.{name}.modeling_{name}")
 
 
-def build(sizes: Pi0Config) -> Any:
-    """lerobot's model in sizes that its own configuration has no fields for, with no weight left at zero.
+@contextmanager
+def resized(sizes: Pi0Config) -> Iterator[None]:
+    """Meanwhile lerobot builds models in sizes that its own configuration has no fields for.
 
     sizes: with 8 heads, which lerobot's code takes for granted; its dtype float32 or bfloat16.
     """
     module = modeling(sizes)
-    real = module.PaliGemmaForConditionalGenerationWithPiGemma
+    real, real_expert = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
 
     def paligemma(config):
         config.text_config.vocab_size = sizes.vocab_size
@@ -38,8 +41,25 @@ def build(sizes: Pi0Config) -> Any:
         config.vision_config.projection_dim = sizes.vlm.width
         return real(config)
 
-    prefix = "PI05" if sizes.pi05 else "PI0"
+    def expert(config):
+        config.vocab_size = sizes.vocab_size
+        return real_expert(config)
+
     experts = {"gemma_2b": sizes.vlm, "gemma_300m": sizes.action_expert}
+    with (
+        torch.random.fork_rng(),
+        mock.patch.object(module, "get_gemma_config", experts.__getitem__),
+        mock.patch.object(module, real.__name__, paligemma),
+        mock.patch.object(module, real_expert.__name__, expert),
+    ):
+        torch.manual_seed(0)
+        yield
+
+
+def build(sizes: Pi0Config) -> Any:
+    """lerobot's model, with no weight left at zero; sizes: as in `resized`."""
+    module = modeling(sizes)
+    prefix = "PI05" if sizes.pi05 else "PI0"
     config = getattr(module, f"{prefix}Config")(
         dtype=sizes.dtype,
         device="cpu",
@@ -49,12 +69,7 @@ def build(sizes: Pi0Config) -> Any:
         n_action_steps=sizes.action_horizon,
         image_resolution=(sizes.image_size, sizes.image_size),
     )
-    with (
-        torch.random.fork_rng(),
-        mock.patch.object(module, "get_gemma_config", experts.__getitem__),
-        mock.patch.object(module, real.__name__, paligemma),
-    ):
-        torch.manual_seed(0)
+    with resized(sizes):
         model = getattr(module, f"{prefix}Pytorch")(config)
         for weight in model.parameters():
             std = 0.1 if weight.ndim < 2 else 0.7 * weight[0].numel() ** -0.5
@@ -63,7 +78,7 @@ def build(sizes: Pi0Config) -> Any:
 
 
 def weights(model: Any) -> dict[str, np.ndarray]:
-    """The state dict, for `lerobot_weights.to_openpi`."""
+    """The state dict, for `convert_lerobot_rules.to_openpi`."""
     return {name: weight.float().numpy() for name, weight in model.state_dict().items()}
 
 

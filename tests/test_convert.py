@@ -1,5 +1,6 @@
 """openpi checkpoints on disk, both ways, through the command line's functions."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from pi0fast import checkpoint, convert, fsdp, normalize
+from pi0fast import convert, fsdp, lora, normalize, storage, train_state
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import RunConfig
 from pi0fast.convert_rules import infer_config
@@ -41,8 +42,9 @@ def test_golden_checkpoint_gives_the_golden_velocity(case):
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_config_is_read_off_the_shapes(name):
     case = golden.load(name)
-    lengths = {"action_horizon": case.config.action_horizon, "max_token_len": case.config.max_token_len}
-    assert infer_config({path: array.shape for path, array in case.params.items()}, "float32", **lengths) == case.config
+    horizon, length = case.config.action_horizon, case.config.max_token_len
+    shapes = {path: array.shape for path, array in case.params.items()}
+    assert infer_config(shapes, "float32", action_horizon=horizon, max_token_len=length) == case.config
     with pytest.raises(ValueError, match="no openpi Pi0 checkpoint: it has no parameter 'PaliGemma"):
         infer_config({"embedder/kernel": (3, 4)}, "float32")
 
@@ -58,7 +60,7 @@ def test_there_and_back_is_bit_exact(case, run, tmp_path):
     before, after = normalize.load(STEP / stats), normalize.load(tmp_path / "back" / "100" / stats)
     assert normalize.to_dict(before) == normalize.to_dict(after)
     shapes = convert.openpi_shapes(case.config)
-    stored = checkpoint.array_shapes(tmp_path / "back" / "100" / "params")
+    stored = storage.array_shapes(tmp_path / "back" / "100" / "params")
     assert {path.removeprefix("params/"): leaf.shape for path, leaf in stored.items()} == shapes
 
 
@@ -106,10 +108,10 @@ def test_errors_come_before_anything_is_written(case, tmp_path):
 
 
 def test_a_training_run_starts_from_openpi(case):
-    from pi0fast import train
     from pi0fast.settings import TINY
 
-    _, state, _, dead = train.initialize(case.config, TINY, meshes.make("fsdp:8"), str(STEP))
+    settings = dataclasses.replace(TINY, init_from=str(STEP))
+    state, _, dead = train_state.initialize(case.config, settings, meshes.make("fsdp:8"))
     expected = flatten(case.model())
     for path, variable in flatten(state.weights).items():
         np.testing.assert_array_equal(variable[...], expected[path][...], err_msg=path)
@@ -117,3 +119,35 @@ def test_a_training_run_starts_from_openpi(case):
     assert dead.keys() == kept.keys()
     for path, array in kept.items():
         np.testing.assert_array_equal(dead[path], array)
+
+
+@pytest.mark.slow
+def test_updates_go_there_and_back_and_can_be_merged_on_the_way(tmp_path):
+    case = golden.load("pi0_lora_tiny")
+    source = tmp_path / "source" / "100"
+    storage.save_arrays(source / "params", {f"params/{p}": jax.numpy.asarray(x) for p, x in case.params.items()})
+    shutil.copytree(STEP / "assets", source / "assets")
+    horizon, length = case.config.action_horizon, case.config.max_token_len
+    updates = case.config.vlm.lora
+    assert updates is not None
+    convert.convert_from_openpi(
+        str(source),
+        tmp_path / "run",
+        action_horizon=horizon,
+        max_token_len=length,
+        lora_alpha=updates.alpha,
+        dtype="float32",
+    )
+    assert RunConfig.load(tmp_path / "run").model == case.config
+    convert.convert_to_openpi(tmp_path / "run", tmp_path / "back" / "100")
+    back = convert.load_openpi_params(tmp_path / "back" / "100")
+    assert back.keys() == case.params.keys()
+    for path, array in case.params.items():
+        np.testing.assert_array_equal(back[path], array, err_msg=path)
+
+    convert.convert_to_openpi(tmp_path / "run", tmp_path / "merged" / "100", merged=True)
+    merged = flatten(convert.load_openpi_checkpoint(tmp_path / "merged" / "100", case.config.without_lora()))
+    expected = flatten(lora.merge(case.model()))
+    assert merged.keys() == expected.keys()
+    for path, variable in expected.items():
+        np.testing.assert_array_equal(merged[path][...], variable[...], err_msg=path)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pi0fast.data import demo
+from pi0fast.tokenizer import DEMO_TOKENIZER, PromptTokenizer
 
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
 
@@ -33,11 +34,39 @@ def test_cameras_show_the_blocks_where_they_are():
     for centre, colour in zip(simulator.blocks, simulator.colours, strict=True):
         if np.linalg.norm(centre - simulator.agent) > 0.05:  # else the agent covers the centre
             column, row = (centre * 56).astype(int)
-            np.testing.assert_array_equal(observation[TOP][row, column], demo.COLOURS[colour])
+            np.testing.assert_array_equal(observation[TOP][row, column], demo.PALETTES["primary"][colour])
     # at the prompted block, the middle of the wrist camera shows it, unobstructed
     simulator.agent = simulator.goal.copy()
     observation, _, _ = simulator.step(simulator.goal)
-    np.testing.assert_array_equal(observation[WRIST][28, 28], demo.COLOURS[simulator.colours[simulator.wanted]])
+    np.testing.assert_array_equal(
+        observation[WRIST][28, 28], demo.PALETTES["primary"][simulator.colours[simulator.wanted]]
+    )
+
+
+def test_palettes_share_no_colour_and_the_tokenizer_has_each_as_one_token():
+    primary, secondary = demo.PALETTES["primary"], demo.PALETTES["secondary"]
+    assert not set(primary) & set(secondary) and not set(primary.values()) & set(secondary.values())
+    tokenizer = PromptTokenizer(DEMO_TOKENIZER, max_len=8)
+    lengths = {tokenizer.longest([f"touch the {colour} block"]) for colour in (*primary, *secondary)}
+    assert lengths == {6}
+
+
+def test_another_palette_changes_colours_and_prompt_alone():
+    simulator, other = demo.Simulator(seed=3), demo.Simulator(seed=3, palette="secondary")
+    primary, secondary = simulator.reset(), other.reset()
+    np.testing.assert_array_equal(simulator.blocks, other.blocks)
+    np.testing.assert_array_equal(primary[STATE], secondary[STATE])
+    assert simulator.wanted == other.wanted
+    assert set(other.colours) < set(demo.PALETTES["secondary"])
+    assert secondary["prompt"] == f"touch the {other.colours[other.wanted]} block"
+    # each pixel that differs belongs to a block, and a block's centre has its new colour
+    column, row = (other.goal * 56).astype(int)
+    np.testing.assert_array_equal(secondary[TOP][row, column], demo.PALETTES["secondary"][other.colours[other.wanted]])
+    differs = (primary[TOP] != secondary[TOP]).any(axis=-1)
+    rows, columns = np.nonzero(differs)
+    centres = (np.stack([columns, rows], axis=1) + 0.5) / 56
+    distances = np.linalg.norm(centres[:, None] - simulator.blocks, axis=-1).min(axis=1)
+    assert len(centres) and distances.max() < demo.BLOCK_RADIUS + 1 / 56
 
 
 def test_wrist_camera_shows_the_edge_of_the_table():
@@ -61,7 +90,7 @@ def test_layouts_are_valid_and_differ():
         assert np.linalg.norm(simulator.agent - simulator.goal) > demo.BLOCK_RADIUS
         layouts.append((simulator.colours[simulator.wanted], *simulator.goal))
     assert len(set(layouts)) == 100
-    assert {colour for colour, *_ in layouts} == set(demo.COLOURS)
+    assert {colour for colour, *_ in layouts} == set(demo.PALETTES["primary"])
 
 
 def test_same_seed_same_episodes_other_seed_other_episodes():

@@ -7,7 +7,7 @@ from pi0fast import Pi0, config, flops
 from pi0fast.params import flatten
 
 # What an H100 does, as measured by others: an 8192³ bf16 matmul, and a large copy.
-H100_MEASURED = flops.DeviceSpec("H100", 798e12, 3.0e12)
+H100_MEASURED = flops.DeviceSpec("H100", 798e12, 3.0e12, memory=80e9)
 
 
 def matrices(preset: str) -> dict[str, int]:
@@ -41,6 +41,14 @@ def test_bytes_are_those_of_the_models_weights(preset):
         last = total("action_expert/layers/kv") // depth
         assert cost.state.bytes == 2 * ((depth - 1) * (layer + cache) + last + total("head/state_in"))
     assert cost.step.bytes == 2 * (total("action_expert", "head") + conditions + depth * cache)
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_product_belongs_to_one_part(preset):
+    parts = flops.parts(config.PRESETS[preset](), num_cameras=1, prompt_len=8)
+    owners = [[part for part in parts if path.startswith(f"{part}/")] for path in matrices(preset)]
+    assert all(len(found) == 1 for found in owners)
+    assert {found[0] for found in owners} == set(parts)
 
 
 @pytest.mark.parametrize(("preset", "prompt_len", "milliseconds"), [("pi0_base", 48, 7.1), ("pi05_base", 200, 7.9)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from pi0fast import Pi0, config, fsdp
 from pi0fast import mesh as meshes
@@ -137,6 +137,18 @@ def test_a_weight_that_does_not_divide_is_replicated():
     assert axis["action_expert/layers/out"] == -2  # heads divide, the width does not
     assert axis["action_expert/layers/down"] is None
     assert axis["vlm/layers/mlp_norm/scale"] is None
+
+
+def test_weights_that_lie_whole_are_named():
+    base = nnx.eval_shape(lambda: nnx.state(Pi0(config.pi0_base(), rngs=nnx.Rngs(0))))
+
+    def line(data, fsdp_size):
+        return fsdp.undivided(base, AbstractMesh((data, fsdp_size), meshes.AXES))
+
+    assert line(1, 8) is None and line(2, 128) is None
+    warning = line(1, 256) or ""
+    assert "do not divide over fsdp:256" in warning and "data:2,fsdp:128 shards all" in warning
+    assert "siglip/layers/up/kernel" in warning and "vlm/" not in warning and "bias" not in warning
 
 
 def test_lookup_of_a_sharded_table_is_a_plain_lookup():

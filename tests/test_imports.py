@@ -20,12 +20,15 @@ MODEL = (
     "execution",
     "params",
     "siglip",
+    "lora",
     "gemma",
     "pi0",
     "flow",
     "sampling",
 )
 MODEL_MAY = {"numpy", "jax", "jaxtyping", "flax", "pi0fast_kernels", *(f"pi0fast.{name}" for name in MODEL)}
+
+BARE = ("pi0fast.train", "pi0fast.precompile", "pi0fast.policy", "bench.campaign", "bench.inference", "bench.results")
 
 
 def imports(path: Path) -> set[str]:
@@ -103,6 +106,14 @@ def test_foreign_parameter_names_stay_in_convert():
     for path in files(PACKAGE):
         if not path.stem.startswith("convert"):
             assert "PaliGemma/" not in path.read_text(), path
+
+
+def test_a_step_is_timed_without_what_reads_data_and_command_lines():
+    """As on a machine that has JAX, flax, optax and orbax, and no network to fetch more from."""
+    missing = ("lerobot", "grain", "augmax", "tyro", "av", "torchcodec", "websockets", "beartype")
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import {', '.join(BARE)}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_kernels_folder_is_no_package():

@@ -78,7 +78,9 @@ def test_the_actions_end_with_the_episode(policy, demo_dataset, frames):
 
 def test_the_command_prints_and_draws(run, policy, demo_dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(infer, "keep_compiled_programs", lambda: None)  # the tests keep theirs elsewhere
-    infer.main(str(run), data=str(demo_dataset), episode=1, frame=2, repeat=3, out=tmp_path / "new" / "chunk.png")
+    monkeypatch.setattr(infer.trace, "keep_scopes", lambda: None)
+    out = tmp_path / "new" / "chunk.png"
+    infer.main(str(run), data=str(demo_dataset), episode=1, frame=2, repeat=3, profile=2, out=out)
     printed = capsys.readouterr().out
     observation, truth = infer.read_sample(policy, str(demo_dataset), 1, 2)
     expected = Policy.load(run).infer(observation)["actions"]
@@ -91,6 +93,13 @@ def test_the_command_prints_and_draws(run, policy, demo_dataset, tmp_path, monke
         assert part in printed
     with Image.open(tmp_path / "new" / "chunk.png") as image:
         assert image.size[0] > 500 and len(np.unique(np.asarray(image.convert("L")))) > 50
+    (path,) = (tmp_path / "new" / "chunk_profile").rglob("stages.json")
+    traced = json.loads(path.read_text())
+    assert (traced["program"], traced["calls"]) == ("jit_sample", 2) and list(path.parent.glob("*.xplane.pb"))
+    share = {stage["name"]: stage["share"] for stage in traced["stages"]}
+    assert {"siglip", "prefix", "state", "suffix"} <= share.keys() and share.get("other", 0) < 0.1
+    assert sum(share.values()) == pytest.approx(1)
+    assert "Measured by the trace, 2 x jit_sample" in printed
 
 
 def test_files_give_what_the_data_set_gives(run, policy, demo_dataset, folder):
@@ -167,3 +176,5 @@ def test_what_the_files_may_lack(run, policy, folder):
         infer.main(str(run))
     with pytest.raises(ValueError, match="repeat=0"):
         infer.main(str(run), observation=folder, repeat=0)
+    with pytest.raises(ValueError, match="--profile=-1 must be at least 0"):
+        infer.main(str(run), observation=folder, profile=-1)

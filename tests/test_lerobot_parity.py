@@ -16,10 +16,10 @@ import pytest
 import torch
 from flax import nnx
 
-from pi0fast import Observation, Pi0, convert, flow
+from pi0fast import Observation, Pi0, convert, convert_lerobot_rules, flow
 from pi0fast.config import BASE_CAMERAS, Pi0Config, SiglipConfig, TransformerConfig
 from pi0fast.sampling import sample_actions
-from tests import lerobot_model, lerobot_weights
+from tests import lerobot_model
 from tests.lerobot_model import to_torch
 
 TOLERANCE = 5e-6
@@ -36,7 +36,7 @@ PI0 = Pi0Config(  # lerobot's code takes 8 heads for granted
     image_size=56,
     dtype="float32",
 )
-CONFIGS = {"pi0": PI0, "pi05": dataclasses.replace(PI0, pi05=True)}
+CONFIGS = {"pi0": PI0, "pi05": dataclasses.replace(PI0, pi05=True, state_mode=None)}
 
 # openpi's path → an axis whose reversal swaps weights: keys and values, gate and up, layers, positions.
 SWAPS = {
@@ -86,14 +86,14 @@ def case(request) -> Case:
     grads |= {name: weight.grad.numpy() for name, weight in model.named_parameters() if weight.grad is not None}
     return Case(
         config=config,
-        params=lerobot_weights.to_openpi(weights, config),
+        params=convert_lerobot_rules.to_openpi(weights, config),
         observation=observation,
         actions=actions,
         noise=noise,
         t=t,
         velocity=velocities[0],
         loss=loss.detach().numpy().mean(axis=-1),
-        grads=lerobot_weights.to_openpi(grads, config),
+        grads=convert_lerobot_rules.to_openpi(grads, config),
         samples=samples.numpy(),
     )
 

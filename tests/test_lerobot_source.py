@@ -200,7 +200,7 @@ def test_images_in_parquet(tmp_path):
 
 
 def test_fingerprint_is_the_data_sets(copy, source):
-    (copy / "meta" / "pi0fast").mkdir()
+    (copy / "meta" / "pi0fast").mkdir(exist_ok=True)  # another test may have trained on the original
     (copy / "meta" / "pi0fast" / "stats.json").write_text("{}")
     assert open_source(copy).fingerprint == source.fingerprint
     edit_info(copy, robot_type="other")
@@ -361,6 +361,12 @@ def test_writer_refuses_an_existing_folder(dataset):
         write_demo_dataset(dataset, episodes=1)
     with pytest.raises(ValueError, match="at least 1"):
         write_demo_dataset(dataset.parent / "none", episodes=0)
+
+
+def test_writer_takes_a_palette(tmp_path):
+    root = write_demo_dataset(tmp_path / "demo", episodes=3, size=16, palette="secondary")
+    prompts = set(open_source(root).prompts.values())
+    assert prompts <= {f"touch the {colour} block" for colour in demo.PALETTES["secondary"]} and prompts
 
 
 def test_find_or_write(tmp_path):

@@ -15,6 +15,7 @@ class Source:
 
     def __init__(self, num_samples=NUM_SAMPLES, bad=None):
         self.num_samples, self.bad = num_samples, bad
+        self.frames = np.arange(num_samples)
 
     def __len__(self):
         return self.num_samples

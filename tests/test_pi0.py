@@ -33,6 +33,21 @@ def test_config_survives_json():
         assert config.from_dict(dataclasses.asdict(preset())) == preset()
 
 
+@pytest.mark.parametrize(("preset", "mode"), [("pi0_tiny", "token"), ("pi05_tiny", "prompt")])
+def test_runs_from_before_there_were_state_modes_have_the_usual_one(preset, mode):
+    fields = dataclasses.asdict(config.PRESETS[preset]())
+    del fields["state_mode"]
+    assert config.from_dict(fields).state_mode == mode
+
+
+def test_a_model_has_no_other_models_state_mode():
+    unused = dataclasses.replace(config.pi05_tiny(), state_mode="unused")
+    assert config.from_dict(dataclasses.asdict(unused)) == unused != config.pi05_tiny()
+    for preset, mode in (("pi0_tiny", "prompt"), ("pi0_tiny", "unused"), ("pi05_tiny", "token")):
+        with pytest.raises(ValueError, match=f"state_mode='{mode}' is none of Pi0.*choose one"):
+            dataclasses.replace(config.PRESETS[preset](), state_mode=mode)
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
@@ -102,6 +117,48 @@ def test_noise_and_time_depend_on_the_example_alone():
     part_noise, part_t = flow.draw(key, jnp.array([4, 1], jnp.uint32), (3, 2))
     np.testing.assert_array_equal(part_noise, noise[jnp.array([4, 1])])
     np.testing.assert_array_equal(part_t, t[jnp.array([4, 1])])
+
+
+def test_further_draws_are_others_and_leave_the_first():
+    key, examples = jax.random.key(0), jnp.arange(6, dtype=jnp.uint32)
+    noise, t = flow.draw(key, examples, (3, 2))
+    more_noise, more_t = flow.draw(key, examples, (3, 2), samples=4)
+    np.testing.assert_array_equal(more_noise[::4], noise)
+    np.testing.assert_array_equal(more_t[::4], t)
+    assert len(np.unique(more_t)) == len(np.unique(more_noise[:, 0, 0])) == 24
+
+
+def test_draws_behind_one_prefix_are_as_many_passes(case):
+    """Four of each example: losses, and the gradient of their mean."""
+    model, actions, draws = case.model(), case.inputs["actions"], 4
+    noise, t = flow.draw(jax.random.key(0), jnp.arange(2, dtype=jnp.uint32), actions.shape[1:], draws)
+
+    def mean_loss(model, noise, t):
+        losses = model.loss(case.observation, actions, noise, t)
+        return jnp.mean(losses), losses
+
+    run = nnx.jit(nnx.value_and_grad(mean_loss, has_aux=True))
+    (_, together), gradients = run(model, noise, t)
+    singles = [run(model, noise[draw::draws], t[draw::draws]) for draw in range(draws)]
+    for draw, ((_, losses), _) in enumerate(singles):
+        np.testing.assert_allclose(together[draw::draws], losses, rtol=1e-5)
+    expected = [flatten(gradients) for _, gradients in singles]
+    for path, gradient in flatten(gradients).items():
+        mean = np.mean([np.asarray(single[path][...]) for single in expected], axis=0)
+        assert np.linalg.norm(gradient[...] - mean) <= 1e-5 * np.linalg.norm(mean) + 1e-7, path
+
+
+def test_draws_that_are_not_as_many_for_each_example(case):
+    noise = jnp.zeros((3, *case.inputs["noise"].shape[1:]))
+    with pytest.raises(ValueError, match=r"actions has shape \(3, .*expected \(2, "):
+        case.model().velocity(case.observation, noise, jnp.zeros(3))
+
+
+def test_weights_of_the_dimensions_make_a_weighted_mean():
+    velocity, zeros = jnp.array([[[1.0, 2.0, 3.0]]]), jnp.zeros((1, 1, 3))
+    np.testing.assert_allclose(flow.loss(velocity, zeros, zeros), [[14 / 3]], rtol=1e-6)
+    weighted = flow.loss(velocity, zeros, zeros, jnp.array([1.0, 3.0, 0.0]))
+    np.testing.assert_allclose(weighted, [[13 / 4]], rtol=1e-6)
 
 
 def test_distribution_of_time():

@@ -13,7 +13,7 @@ from flax import nnx
 
 from pi0fast import Observation, Pi0, config, convert, evaluate
 from pi0fast.checkpoint import Checkpoints, RunConfig
-from pi0fast.data.demo import Simulator
+from pi0fast.data.demo import PALETTES, Simulator
 from pi0fast.normalize import NormStats
 from pi0fast.params import flatten
 from pi0fast.policy import Policy
@@ -240,6 +240,17 @@ def test_an_untrained_policy_fails(run, tmp_path):
     assert sum(outcome.success for outcome in outcomes) <= 8
     evaluate.write_gif(outcomes[:3], tmp_path / "episodes.gif")
     assert (tmp_path / "episodes.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_an_evaluation_keeps_every_episode(run, tmp_path, capsys):
+    evaluate.main(run[0], episodes=3, palette="secondary", gif_episodes=0, out=tmp_path / "episodes.json")
+    written = json.loads((tmp_path / "episodes.json").read_text())
+    own, another = (written["block prompted"][block] for block in ("own", "another"))
+    assert len(own) == len(another) == 3
+    assert {episode["prompted"] for episode in own + another} <= set(PALETTES["secondary"])
+    assert all(mine["prompted"] != other["prompted"] for mine, other in zip(own, another, strict=True))
+    for said, episodes in zip(capsys.readouterr().out.splitlines(), (own, another), strict=True):
+        assert f" {sum(episode['touched'] == episode['prompted'] for episode in episodes)}/3 = " in said
 
 
 def test_prompt_shift_keeps_the_layout():

@@ -10,11 +10,11 @@ from flax import nnx
 
 from pi0fast import Observation, Pi0, config
 from pi0fast.execution import Execution
+from pi0fast.hlo import loop_instructions
 from pi0fast.params import flatten
 from pi0fast.policy import default_buckets
 from pi0fast.sampling import Sampler, matmul_weights, sample_actions
 from tests.golden import golden
-from tests.hlo import loop_instructions
 
 TOLERANCE = 1e-5
 

@@ -50,6 +50,16 @@ def test_exact_fit_is_no_overflow():
     assert tokens[-1] == NEWLINE and mask.all()
 
 
+def test_longest_prompt():
+    prompts = ["touch the red block", "touch", "touch_the yellow block "]
+    tokenizer = PromptTokenizer(DEMO_TOKENIZER, 64)
+    assert tokenizer.longest(prompts) == max(tokenizer.encode(prompt)[1].sum() for prompt in prompts) > 5
+    longest, rng = tokenizer.longest(prompts, state_dim=3), np.random.default_rng(0)
+    states = [np.ones(3), np.full(3, -2.0), *rng.uniform(-1.1, 1.1, (500, 3))]
+    assert longest == max(tokenizer.encode(prompt, state)[1].sum() for prompt in prompts for state in states)
+    assert PromptTokenizer(DEMO_TOKENIZER, 8).longest(prompts, state_dim=3) == 8
+
+
 def test_pickles_for_worker_processes():
     original = PromptTokenizer(DEMO_TOKENIZER, 16)
     copy = pickle.loads(pickle.dumps(original))

@@ -141,6 +141,12 @@ class TestSample:
         tokens, _ = PromptTokenizer(DEMO_TOKENIZER, 48).encode("touch the red block", normalized)
         np.testing.assert_array_equal(out["tokenized_prompt"], tokens)
 
+    def test_an_unused_state_is_not_in_the_prompt(self):
+        out = make(dataclasses.replace(pi05_tiny(), state_mode="unused"))(sample())
+        np.testing.assert_allclose(out["state"], [1, 0, 0, 0], atol=1e-5)  # by quantiles all the same
+        tokens, _ = PromptTokenizer(DEMO_TOKENIZER, 48).encode("touch the red block")
+        np.testing.assert_array_equal(out["tokenized_prompt"], tokens)
+
     def test_inference_and_missing_camera(self):
         out = make()(sample(**{"actions": None, "action_is_pad": None, "image.left_wrist_0_rgb": None}))
         assert set(out) == {"images", "image_masks", "state", "tokenized_prompt", "tokenized_prompt_mask"}
@@ -177,6 +183,18 @@ class TestSample:
         transform = make()
         copy = pickle.loads(pickle.dumps(transform))
         np.testing.assert_array_equal(copy(data)["actions"], transform(data)["actions"])
+
+
+def test_prompt_len_leaves_padding_out():
+    whole, short = make()(sample()), make(prompt_len=6)(sample())
+    for name in ("tokenized_prompt", "tokenized_prompt_mask"):
+        np.testing.assert_array_equal(short[name], whole[name][:6])
+    assert short["tokenized_prompt_mask"].all()
+    with pytest.raises(ValueError, match=r"'touch the red block' takes 6 tokens, more than prompt_len=5"):
+        make(prompt_len=5)(sample())
+    for wrong in (0, 17):
+        with pytest.raises(ValueError, match=rf"prompt_len={wrong} is not between 1 and the model's 16"):
+            make(prompt_len=wrong)
 
 
 class TestErrors:

@@ -10,11 +10,18 @@ that the last centimetres are seen large.
 """
 
 import itertools
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-COLOURS = {"red": (225, 40, 40), "green": (30, 165, 60), "blue": (45, 80, 225), "yellow": (245, 205, 30)}
+# Two worlds with no colour in common: what is learned in one has to be adapted to the other. The demo's tokenizer has
+# each of these words as one token.
+PALETTES = {
+    "primary": {"red": (225, 40, 40), "green": (30, 165, 60), "blue": (45, 80, 225), "yellow": (245, 205, 30)},
+    "secondary": {"orange": (240, 130, 20), "purple": (140, 50, 185), "cyan": (40, 205, 215), "black": (10, 10, 10)},
+}
+Palette = Literal["primary", "secondary"]
 NUM_BLOCKS = 3
 BLOCK_RADIUS = 0.08
 MAX_STEP = 0.06
@@ -36,10 +43,11 @@ class Simulator:
 
     seed: layouts of different seeds are different, so evaluate on another seed than the one trained on.
     size: height and width of both cameras' images, in pixels.
+    palette: of `PALETTES`, the colours that blocks may have; where they lie does not depend on it.
     """
 
-    def __init__(self, seed: int, size: int = 56):
-        self._seed, self._size = seed, size
+    def __init__(self, seed: int, size: int = 56, palette: Palette = "primary"):
+        self._seed, self._size, self._rgb = seed, size, PALETTES[palette]
         self._episodes = itertools.count()
         self._done = True
 
@@ -52,7 +60,7 @@ class Simulator:
         `observation.state` float32 [2] (the agent's x and y in [0, 1]) and `prompt`.
         """
         rng = np.random.default_rng((self._seed, next(self._episodes)))
-        self.colours = tuple(rng.choice(list(COLOURS), NUM_BLOCKS, replace=False).tolist())
+        self.colours = tuple(rng.choice(list(self._rgb), NUM_BLOCKS, replace=False).tolist())
         self.blocks = _place_blocks(rng)
         self.wanted = (int(rng.integers(NUM_BLOCKS)) + prompt_shift) % NUM_BLOCKS
         self.agent = rng.uniform(0.05, 0.95, 2)
@@ -93,7 +101,7 @@ class Simulator:
         return self._observe(), self._done, info
 
     def _observe(self) -> dict:
-        blocks = [(centre, BLOCK_RADIUS, COLOURS[c]) for centre, c in zip(self.blocks, self.colours, strict=True)]
+        blocks = [(centre, BLOCK_RADIUS, self._rgb[c]) for centre, c in zip(self.blocks, self.colours, strict=True)]
         agent = [(self.agent, _AGENT_RADIUS, _OUTLINE), (self.agent, 0.6 * _AGENT_RADIUS, _AGENT)]
         return {
             "observation.images.top": _render(np.full(2, 0.5), 1.0, self._size, blocks + agent),

@@ -1,16 +1,24 @@
-"""Write demonstrations of the demo task as a real LeRobot v3 data set (parquet and video), with lerobot itself."""
+"""Write demonstrations of the demo task as a real LeRobot v3 data set (parquet and video), with lerobot itself.
+
+python -m pi0fast.data.demo_dataset --root=data/secondary --episodes=1000 --palette=secondary
+"""
 
 import contextlib
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from pi0fast.data import demo
+from pi0fast.data.demo import Palette
 
 
-def write_demo_dataset(root: str | Path, episodes: int = 300, seed: int = 0, size: int = 56) -> Path:
-    """Record `episodes` successful demonstrations of `Simulator(seed, size)` in the new folder `root`; returns it.
+def write_demo_dataset(
+    root: str | Path, episodes: int = 300, seed: int = 0, size: int = 56, palette: Palette = "primary"
+) -> Path:
+    """Record `episodes` successful demonstrations of `Simulator(seed, size, palette)` in the new folder `root`; returns
+    it.
 
     Features: `observation.images.top` and `observation.images.wrist` (video, [size, size, 3]), `observation.state` and
     `action` (float32 [2]); the task is the prompt. About 14 frames an episode, at `demo.FPS`; about 0.1 s an episode.
@@ -25,7 +33,7 @@ def write_demo_dataset(root: str | Path, episodes: int = 300, seed: int = 0, siz
         raise FileExistsError(f"{root} exists; use that data set, remove it, or write to another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-        _record(Path(folder) / "dataset", episodes, seed, size)
+        _record(Path(folder) / "dataset", episodes, seed, size, palette)
         (Path(folder) / "dataset").rename(root)
     return root
 
@@ -46,7 +54,7 @@ def find_or_write(root: str | Path, episodes: int = 300, seed: int = 0, size: in
     return root
 
 
-def _record(root: Path, episodes: int, seed: int, size: int) -> None:
+def _record(root: Path, episodes: int, seed: int, size: int, palette: Palette) -> None:
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -73,7 +81,7 @@ def _record(root: Path, episodes: int, seed: int, size: int) -> None:
         video_files_size_in_mb=1,
         video_backend="pyav",
     )
-    simulator, rng = demo.Simulator(seed, size), np.random.default_rng(seed)
+    simulator, rng = demo.Simulator(seed, size, palette), np.random.default_rng(seed)
     recorded = 0
     with _quiet():
         try:
@@ -105,3 +113,12 @@ def _quiet():
         av.logging.set_libav_level(av.logging.INFO)
         if not bars_disabled:
             datasets.enable_progress_bars()
+
+
+if __name__ == "__main__":
+    import tyro  # the trainer needs this module, and no command line
+
+    try:
+        print(tyro.cli(write_demo_dataset))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

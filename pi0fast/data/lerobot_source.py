@@ -1,11 +1,12 @@
 """Training samples of a LeRobot v3 data set. lerobot decodes the images; nothing else here imports it, or torch."""
 
+import copy
 import functools
 import hashlib
 import json
 import logging
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class LeRobotSource:
     there is no data set; ValueError for one of another version, missing keys, wrong shapes, and bad samples ("error").
 
     fps, num_episodes: of the data set. dims: of each of the robot's state and action keys. fingerprint: changes when
-    the data set does. num_bad: samples known to be bad. replaced: samples that this process has replaced so far.
+    the data set does. frames: the data set's number of each sample. num_bad: samples known to be bad. replaced: samples
+    that this process has replaced so far.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class LeRobotSource:
         self._actions = np.concatenate([frames.values[key] for key in robot.action], axis=1)
         self.dims = {key: values.shape[1] for key, values in frames.values.items()}
         self._check_dims(robot)
+        self.state_dim = self._state.shape[1]
         self._timestamp, self._task, self._starts = frames.timestamp, frames.task, frames.starts
-        self._prompts = files.prompts()
+        self.prompts = files.prompts()
         self._horizon, self._image_size = action_horizon, image_size
         self._tolerate = on_bad_sample == "replace"
+        self.frames = np.arange(len(self._timestamp))
         self._bad = np.zeros(len(self), bool)
         self.replaced = 0
         for keys in (robot.state, robot.action):
@@ -81,13 +85,12 @@ class LeRobotSource:
         image_shape = (len(self.cameras), image_size, image_size, 3)
         if len(self) * np.prod(image_shape) <= cache_bytes:
             self._cache = self._open_cache(Path(cache_dir or default_cache_dir()), image_shape)
-        if self._bad.all():
-            raise ValueError(f"{self.root} has no good sample; repair the data set")
+        self._check_any_good()
         if self._bad.any():
             logger.warning("%s: %d of %d samples are bad and will be replaced", self.root, self.num_bad, len(self))
 
     def __len__(self) -> int:
-        return len(self._timestamp)
+        return len(self.frames)
 
     @property
     def num_episodes(self) -> int:
@@ -95,10 +98,20 @@ class LeRobotSource:
 
     @property
     def num_bad(self) -> int:
-        return int(self._bad.sum())
+        return int(self._bad[self.frames].sum())
+
+    def part(self, episodes: Collection[int]) -> "LeRobotSource":
+        """The samples of these episodes, as a source with a fingerprint of its own; a bad one is replaced by another of
+        them. What has been read and decoded is shared. Raises ValueError when none of them is good."""
+        part = copy.copy(self)
+        chosen = np.isin(np.arange(self.num_episodes), sorted(episodes))
+        part.frames = np.flatnonzero(np.repeat(chosen, np.diff(self._starts)))
+        part.fingerprint = hashlib.sha256(f"{self.fingerprint} {sorted(episodes)}".encode()).hexdigest()
+        part._check_any_good()
+        return part
 
     def index(self, episode: int, frame: int) -> int:
-        """The index of a frame of an episode. Raises ValueError where there is none."""
+        """The index of a frame of an episode of the whole data set. Raises ValueError where there is none."""
         if not 0 <= episode < self.num_episodes:
             raise ValueError(f"{self.root} has no episode {episode}; it has 0 to {self.num_episodes - 1}")
         start, end = map(int, self._starts[episode : episode + 2])
@@ -107,17 +120,19 @@ class LeRobotSource:
         return start + frame
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample of frame `index`.
+        """The sample of frame `frames[index]`.
 
         Returns "image.{camera}" uint8 [s, s, 3], "state" float32 [d], "actions" float32 [H, d], as in the data set;
         "action_is_pad" bool [H], True behind the end of the episode, where its last action is repeated; "prompt" str.
 
-        Raises IndexError, and DecodeError (a ValueError) if the images cannot be decoded.
+        Raises IndexError, DecodeError (a ValueError) if the images cannot be decoded, and FileNotFoundError if the
+        whole data set has vanished.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is not in [0, {len(self)})")
-        for candidate in self._candidates(index):
+        frame = int(self.frames[index])
+        for candidate in self._candidates(frame):
             if self._bad[candidate]:
                 continue
             try:
@@ -127,9 +142,9 @@ class LeRobotSource:
                     raise
                 self._mark_undecodable(self._episode(candidate), str(error))
                 continue
-            self.replaced += candidate != index
+            self.replaced += candidate != frame
             return self._sample(candidate, images)
-        raise ValueError(f"sample {index} is bad and so are {MAX_REPLACEMENTS} others tried; repair {self.root}")
+        raise ValueError(f"sample {frame} is bad and so are {MAX_REPLACEMENTS} others tried; repair {self.root}")
 
     def _sample(self, index: int, images: np.ndarray) -> dict[str, Any]:
         end = self._starts[self._episode(index) + 1]
@@ -139,15 +154,15 @@ class LeRobotSource:
             "state": self._state[index],
             "actions": self._actions[np.minimum(steps, end - 1)],
             "action_is_pad": steps >= end,
-            "prompt": self._prompts[int(self._task[index])],
+            "prompt": self.prompts[int(self._task[index])],
         }
 
-    def _candidates(self, index: int) -> Iterator[int]:
-        """The sample, then its replacements: from all over the data set, so that no frame is drawn much more often."""
-        yield index
-        rng = np.random.default_rng(index)
+    def _candidates(self, frame: int) -> Iterator[int]:
+        """The frame, then its replacements: any of the source's, so that no frame is drawn much more often."""
+        yield frame
+        rng = np.random.default_rng(frame)
         for _ in range(MAX_REPLACEMENTS):
-            yield int(rng.integers(len(self)))
+            yield int(self.frames[rng.integers(len(self))])
 
     def _episode(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -173,6 +188,11 @@ class LeRobotSource:
             try:
                 images = read()
             except Exception as error:  # lerobot's backends raise their own, without a common base
+                if not (self.root / "meta" / "info.json").is_file():  # no sample is bad, so none may be replaced
+                    raise FileNotFoundError(
+                        f"the data set {self.root} vanished while it was being read; bring it back, and go on with "
+                        "--resume"
+                    ) from error
                 raise DecodeError(
                     f"episode {episode} of {self.root}: {what} cannot be decoded ({type(error).__name__}: {error}); "
                     "replace the file, delete the episode, or pass on_bad_sample='replace'"
@@ -211,6 +231,10 @@ class LeRobotSource:
                     "repair or delete the episode, or pass on_bad_sample='replace'"
                 )
             self._bad[max(row - horizon + 1, self._starts[episode]) : row + 1] = True
+
+    def _check_any_good(self) -> None:
+        if self._bad[self.frames].all():
+            raise ValueError(f"{self.root} has no good sample among {len(self)}; repair the data set")
 
     def _check_cameras(self, features: dict[str, dict]) -> None:
         if not self.cameras:

@@ -2,18 +2,24 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import grain
 import numpy as np
+
+if TYPE_CHECKING:
+    import grain
 
 PREFETCH_BATCHES = 2  # made ahead in the background; per worker, with workers
 
 
 class Source(Protocol):
-    """Random access to samples. `fingerprint` changes when the data do. Picklable, for worker processes."""
+    """Random access to samples. Picklable, for worker processes.
+
+    fingerprint: changes when the data do. frames: each sample's number in the data set.
+    """
 
     fingerprint: str
+    frames: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -33,9 +39,9 @@ class Loader:
 
     A batch is `transform`'s dict, its leaves stacked along a new first axis b = batch_size / process_count, with
     "example" int64 [b], the samples' positions in the global stream (step * batch_size + position in the global batch),
-    and "index" int64 [b], their indices in the source.
+    and "index" int64 [b], their numbers in the data set.
 
-    last_wait_s: seconds that the last `next` took, which is what training waited for data.
+    num_samples: of the source. last_wait_s: seconds that the last `next` took, which is what training waited for data.
 
     Raises ValueError for an empty source, and sizes that are not positive or do not divide.
     """
@@ -64,8 +70,8 @@ class Loader:
                 f"try {batch_size + -batch_size % process_count}"
             )
         self._load = _Load(source, transform)
-        self._num_samples, self._fingerprint = len(source), source.fingerprint
-        self._batch_size, self._seed, self._workers = batch_size, seed, workers
+        self.num_samples, self._fingerprint = len(source), source.fingerprint
+        self.batch_size, self._seed, self._workers = batch_size, seed, workers
         self._process_index, self._process_count = process_index, process_count
         self._next_batch = 0
         self._iterator: grain.DatasetIterator | None = None
@@ -110,19 +116,21 @@ class Loader:
             self._iterator = None
 
     def _identity(self) -> dict[str, Any]:
-        return {"fingerprint": self._fingerprint, "seed": self._seed, "batch_size": self._batch_size}
+        return {"fingerprint": self._fingerprint, "seed": self._seed, "batch_size": self.batch_size}
 
-    def _start(self, next_batch: int) -> grain.DatasetIterator:
+    def _start(self, next_batch: int) -> "grain.DatasetIterator":
+        import grain
+
         # Everything is indexed, so starting at a later batch is a slice. Batching before the workers split the stream
         # makes whole batches their unit, which keeps the order.
         dataset = (
-            grain.MapDataset.range(self._num_samples)
+            grain.MapDataset.range(self.num_samples)
             .seed(self._seed)
             .shuffle()
             .repeat(None)
-            .map_with_index(_pair)[next_batch * self._batch_size + self._process_index :: self._process_count]
+            .map_with_index(_pair)[next_batch * self.batch_size + self._process_index :: self._process_count]
             .map(self._load)
-            .batch(self._batch_size // self._process_count)
+            .batch(self.batch_size // self._process_count)
             .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES))
         )
         if self._workers:
@@ -145,7 +153,7 @@ class _Load:
     def __call__(self, position_and_index: tuple[int, int]) -> dict[str, Any]:
         position, index = position_and_index
         sample = self._transform(self._source[index])
-        return {**sample, "example": np.int64(position), "index": np.int64(index)}
+        return {**sample, "example": np.int64(position), "index": np.int64(self._source.frames[index])}
 
 
 def _pair(position: int, index: int) -> tuple[int, int]:

@@ -14,35 +14,26 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pi0fast import Observation, Pi0, config
+from pi0fast import config, hlo, policy, precompile
 from pi0fast.execution import Execution
-from pi0fast.params import flatten, replace
 from pi0fast.pi0 import check_kernels
-from pi0fast.sampling import Guidance, Sampler, matmul_weights
-from tests import hlo
+from pi0fast.rtc import RtcConfig
 from tests.aot import h100
 
 STAGES = ("siglip", "prefix", "state")
 
 
 def main(preset: str, kernels: str, kind: str = "plain", written: str | None = None) -> None:
-    size = config.PRESETS[preset]()
+    size, guided = config.PRESETS[preset](), kind == "guided"
     mesh, execution = h100.mesh(), Execution(kernels=kernels)  # pyright: ignore[reportArgumentType]
-    guide = () if kind == "plain" else abstract_guidance(size)
-    arguments = (abstract_sampler(size), *abstract_inputs(size), *guide)
-    arguments = h100.place(arguments, NamedSharding(mesh, PartitionSpec()))
-
-    def call(sampler, observation, noise, *guide):
-        guidance = Guidance(*guide, max_guidance=5.0) if guide else None
-        return sampler(observation, noise, guidance, execution=execution)
-
+    weights, structure = jax.tree.flatten(precompile.abstract_sampler(size))
+    inputs = policy.abstract_inputs(size, size.cameras, 1, size.max_token_len, guided)
+    weights, inputs = h100.place((weights, inputs), NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         check_kernels(size, execution)
-        lowered = jax.jit(call, donate_argnums=2).lower(*arguments)
+        lowered = policy.make_call(structure, execution, RtcConfig() if guided else None).lower(weights, *inputs)
         start = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
@@ -79,38 +70,6 @@ def main(preset: str, kernels: str, kind: str = "plain", written: str | None = N
 
 def prefix_len(size: config.Pi0Config) -> int:
     return len(size.cameras) * size.tokens_per_image + size.max_token_len
-
-
-def abstract_sampler(size: config.Pi0Config) -> Sampler:
-    model = nnx.eval_shape(lambda: Pi0(size, rngs=nnx.Rngs(0)))
-    cast = matmul_weights(model)
-    weights = {
-        path: jax.ShapeDtypeStruct(weight.shape, size.dtype if path in cast else weight.dtype)
-        for path, weight in flatten(model).items()
-    }
-    return jax.eval_shape(Sampler.of, replace(model, weights))  # pyright: ignore[reportArgumentType]
-
-
-def abstract_inputs(size: config.Pi0Config) -> tuple[Observation, jax.ShapeDtypeStruct]:
-    """One observation, and noise."""
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((1, *shape), dtype)
-
-    fields = {
-        "images": {camera: array(size.image_size, size.image_size, 3, dtype=jnp.uint8) for camera in size.cameras},
-        "image_masks": {camera: array(dtype=jnp.bool_) for camera in size.cameras},
-        "state": array(size.action_dim),
-        "tokenized_prompt": array(size.max_token_len, dtype=jnp.int32),
-        "tokenized_prompt_mask": array(size.max_token_len, dtype=jnp.bool_),
-    }
-    return Observation(**fields), array(size.action_horizon, size.action_dim)
-
-
-def abstract_guidance(size: config.Pi0Config) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """The target, and each step's weight."""
-    shape = (1, size.action_horizon, size.action_dim)
-    return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], jnp.float32)
 
 
 if __name__ == "__main__":

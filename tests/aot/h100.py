@@ -2,22 +2,16 @@
 
 import re
 from collections import Counter
-from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, Sharding
+from jax.sharding import Mesh, Sharding
 
 from pi0fast import mesh as meshes
-
-# XLA's description of the device: the shape of gpu_target_config.proto, with an H100 SXM's figures.
-DESCRIPTION = Path(__file__).with_name("h100_sxm.txtpb")
+from pi0fast import targets
 
 
 def mesh() -> Mesh:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=DESCRIPTION.read_text(), topology="1x1x1")
-    return Mesh(np.array(topology.devices).reshape(1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 2)
+    return meshes.make("fsdp:1", targets.devices("h100:1"))
 
 
 def place(tree, sharding: Sharding):

@@ -60,3 +60,11 @@ def test_the_reference_makes_logits(steps):
     """So that the test above is known to see them."""
     assert not steps["reference"]["kernels"]
     assert {shape[-1] for shape in logits(steps["reference"])} == {816, 867, 256}
+
+
+def test_the_parts_of_the_memory_make_its_peak(steps):
+    """The rows of the table, which are exact or the compiler's, and what they add up to."""
+    auto = steps["auto"]
+    held = sum(auto[name] for name in ("parameters", "frozen", "optimizer", "average"))
+    assert held == pytest.approx(auto["arguments"], rel=0.01)  # which hold the batch too
+    assert held + auto["temporaries"] == pytest.approx(auto["peak"], rel=0.05)

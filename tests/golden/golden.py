@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pi0fast import Observation, Pi0, convert
-from pi0fast.config import BASE_CAMERAS, Pi0Config, SiglipConfig, TransformerConfig
+from pi0fast.config import BASE_CAMERAS, LoraConfig, Pi0Config, SiglipConfig, TransformerConfig
 
 FOLDER = Path(__file__).parent
 NAMES = ("pi0_tiny", "pi05_tiny")
+LORA = "pi0_lora_tiny"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,10 @@ def load(name: str) -> Golden:
     values = dict(np.load(FOLDER / f"{name}.npz"))
     meta = json.loads(bytes(values["meta_json"]))
     siglip = meta["siglip"] | {"patch_size": meta["siglip"]["patch_size"][0]}
+    lora = LoraConfig(**meta["lora"]) if "lora" in meta else None
     config = Pi0Config(
-        vlm=TransformerConfig(**meta["paligemma"]),
-        action_expert=TransformerConfig(**meta["action_expert"]),
+        vlm=TransformerConfig(**meta["paligemma"], lora=lora),
+        action_expert=TransformerConfig(**meta["action_expert"], lora=lora),
         siglip=SiglipConfig(**siglip),
         pi05=meta["pi05"],
         action_horizon=meta["action_horizon"],
