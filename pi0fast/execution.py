@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from pi0fast_kernels import ATTENTION_RESIDUALS
 
 Remat = Literal["none", "mlp", "full"]
-Kernels = Literal["auto", "reference", "triton"]
+Kernels = Literal["auto", "reference", "triton", "mosaic_tpu"]
 
 # What a layer computes that the policy `mlp` keeps for the backward pass.
 SAVED_BY_MLP = ("query", "key", "value", *ATTENTION_RESIDUALS, "residual")
@@ -50,7 +50,7 @@ class Execution:
     kernels: Kernels = "auto"
 
     @property
-    def implementation(self) -> Literal["reference", "triton"] | None:
+    def implementation(self) -> Literal["reference", "triton", "mosaic_tpu"] | None:
         """`kernels`, as the ops take it."""
         return None if self.kernels == "auto" else self.kernels
 

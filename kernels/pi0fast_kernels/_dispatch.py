@@ -13,6 +13,9 @@ from jax import lax
 # Fallbacks that would hold more than this many bytes of logits say so.
 LOUD_BYTES = 2 * 2**30
 
+# The platform that each kernel is for.
+PLATFORMS = {"triton": "cuda", "mosaic_tpu": "tpu"}
+
 # What a device calls itself → its CUDA compute capability, for programs compiled where the device is not.
 CAPABILITIES = {
     r"\bA100|\bA800|\bA30\b": 80,
@@ -128,6 +131,12 @@ def vary_alike(*arrays: jax.Array | None) -> list[Any]:
 def vary_as(results: Any, arrays: Sequence[jax.Array]) -> Any:
     """The results of a kernel that knows nothing of mesh axes, marked as varying like its arguments."""
     return jax.tree.map(partial(_vary, axes=_varying(arrays)), results)
+
+
+def results_vary_as(results: Sequence[jax.ShapeDtypeStruct], arrays: Sequence[jax.Array]) -> list[jax.ShapeDtypeStruct]:
+    """The same for a kernel that is told: its results' types, varying like its arguments."""
+    kind = jax.sharding.ManualAxisType(varying=_varying(arrays))
+    return [jax.ShapeDtypeStruct(result.shape, result.dtype, manual_axis_type=kind) for result in results]
 
 
 def _varying(arrays) -> frozenset[str]:

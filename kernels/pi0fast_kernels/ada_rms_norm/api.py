@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -10,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pi0fast_kernels import _dispatch, _triton
+from pi0fast_kernels import _dispatch, _mosaic_tpu, _triton
 from pi0fast_kernels.ada_rms_norm import reference
 
-Implementation = Literal["reference", "triton"]
+Implementation = Literal["reference", "triton", "mosaic_tpu"]
 
 # What None tries, by platform. Not yet measured: profiles/README.md says what has been.
-ORDER = {"cuda": ("triton", "reference")}
+ORDER = {"cuda": ("triton", "reference"), "tpu": ("mosaic_tpu", "reference")}
 
 Modulation = Float[Array, " D"] | Float[Array, "B D"]
 
@@ -53,8 +54,8 @@ def ada_rms_norm(x, scale, shift=None, *, residual=None, gate=None, eps=1e-6, im
     scale, shift and gate are `[D]`, or `[B, D]` when they depend on a condition (adaptive LayerNorm, Peebles & Xie
     2023, https://arxiv.org/abs/2212.09748, on RMSNorm, https://arxiv.org/abs/1910.07467).
 
-    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, with widths up
-        to 4096; `reference` is pure JAX.
+    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and `mosaic_tpu`
+        on TPU v5e, v5p and v6e, in bfloat16 or float32, both with widths up to 4096; `reference` is pure JAX.
 
     Returns: the normed value in x's dtype; with `residual`, also the new residual `y` in x's dtype.
 
@@ -95,17 +96,15 @@ class _How:
 
     def run(self, direction: str, arrays: dict[str, jax.Array | None], **options: Any) -> Any:
         """`forward` or `backward`, on the arrays that are there."""
-        from pi0fast_kernels.ada_rms_norm import triton
-
         given = {name: array for name, array in arrays.items() if array is not None}
 
         def of(module: ModuleType, **more: Any) -> Callable[..., Any]:
             function = partial(getattr(module, direction), **options, **more)
             return lambda *values: function(**dict(zip(given, values, strict=True)))
 
-        run = of(triton, device=self.device)
+        run = of(import_module(f"pi0fast_kernels.ada_rms_norm.{self.name}"), device=self.device)
         if self.guess:
-            run = _dispatch.on_platform("cuda", run, of(reference))
+            run = _dispatch.on_platform(_dispatch.PLATFORMS[self.name], run, of(reference))
         return _dispatch.fold_vmap(run)(*given.values())
 
 
@@ -136,12 +135,14 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 def _reasons(device: _dispatch.Device, x: Float[Array, "B T D"]) -> dict[str, str | None]:
     """Every implementation, and why it cannot run."""
-    triton = _triton.reason(device, x.dtype)
-    if x.shape[-1] > 4096:
-        triton = f"it takes widths up to 4096, not {x.shape[-1]}"
+    shape = None if x.shape[-1] <= 4096 else f"it takes widths up to 4096, not {x.shape[-1]}"
     if x.size == 0:
-        triton = f"x {x.shape} is empty"
-    return {"reference": None, "triton": triton}
+        shape = f"x {x.shape} is empty"
+    return {
+        "reference": None,
+        "triton": shape or _triton.reason(device, x.dtype),
+        "mosaic_tpu": shape or _mosaic_tpu.reason(device, x.dtype),
+    }
 
 
 def _validate(x, scale, shift, residual, gate) -> None:

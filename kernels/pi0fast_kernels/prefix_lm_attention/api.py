@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Literal
 
 import jax
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pi0fast_kernels import _dispatch, _triton
+from pi0fast_kernels import _dispatch, _mosaic_tpu, _triton
 from pi0fast_kernels.prefix_lm_attention import jax_nn, reference
 
-Implementation = Literal["reference", "triton", "xla", "cudnn"]
+Implementation = Literal["reference", "triton", "mosaic_tpu", "xla", "cudnn"]
 
 # What None tries, by platform. Not yet measured: profiles/README.md says what has been.
-ORDER = {"cuda": ("triton", "reference")}
+ORDER = {"cuda": ("triton", "reference"), "tpu": ("mosaic_tpu", "reference")}
 
 # Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward pass needs beside the arguments. A remat policy that
 # saves them runs the forward kernel once.
@@ -39,9 +40,9 @@ def prefix_lm_attention(
     (`pi0fast_kernels.ranges` builds them). None for a bound leaves that side open. Each of the K key/value heads serves
     N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
 
-    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, with head
-        dimensions from 16 to 256; `xla` and `cudnn` are `jax.nn.dot_product_attention`, which holds a mask of B × T × S
-        where there are ranges; `reference` is pure JAX.
+    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and `mosaic_tpu`
+        on TPU v5e, v5p and v6e, in bfloat16 or float32, both with head dimensions from 16 to 256; `xla` and `cudnn` are
+        `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges; `reference` is pure JAX.
 
     Returns: the attended values, in v's dtype.
 
@@ -84,11 +85,12 @@ class _How:
 
     def direction(self, name: str) -> Callable[..., Any]:
         """`forward` or `backward`, on arrays."""
-        from pi0fast_kernels.prefix_lm_attention import triton
-
-        run = partial(getattr(triton, name), scale=self.scale, device=self.device)
+        kernels = import_module(f"pi0fast_kernels.prefix_lm_attention.{self.name}")
+        run = partial(getattr(kernels, name), scale=self.scale, device=self.device)
         if self.guess:
-            run = _dispatch.on_platform("cuda", run, partial(getattr(reference, name), scale=self.scale))
+            run = _dispatch.on_platform(
+                _dispatch.PLATFORMS[self.name], run, partial(getattr(reference, name), scale=self.scale)
+            )
         return _dispatch.fold_vmap(run)
 
 
@@ -114,12 +116,16 @@ _fused.defvjp(_fused_forward, _fused_backward)
 def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int) -> dict[str, str | None]:
     """Every implementation, and why it cannot run."""
     c = q.shape[-1]
-    triton = _triton.reason(device, q.dtype)
-    if not 16 <= c <= 256:
-        triton = f"it takes head dimensions from 16 to 256, not {c}"
+    shape = None if 16 <= c <= 256 else f"it takes head dimensions from 16 to 256, not {c}"
     if q.size == 0 or num_keys == 0:
-        triton = f"q {q.shape} or its {num_keys} keys are empty"
-    return {"reference": None, "triton": triton, "xla": None, "cudnn": jax_nn.cudnn_reason(device, q)}
+        shape = f"q {q.shape} or its {num_keys} keys are empty"
+    return {
+        "reference": None,
+        "triton": shape or _triton.reason(device, q.dtype),
+        "mosaic_tpu": shape or _mosaic_tpu.reason(device, q.dtype),
+        "xla": None,
+        "cudnn": jax_nn.cudnn_reason(device, q),
+    }
 
 
 def _validate(q, k, v, key_start, key_end) -> None:
