@@ -40,8 +40,8 @@ def prefix_lm_attention(
     (`pi0fast_kernels.ranges` builds them). None for a bound leaves that side open. Each of the K key/value heads serves
     N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
 
-    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and `mosaic_tpu`
-        on TPU v5e, v5p and v6e, in bfloat16 or float32, both with head dimensions from 16 to 256; `xla` and `cudnn` are
+    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and
+        `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32, both with head dimensions from 16 to 256; `xla` and `cudnn` are
         `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges; `reference` is pure JAX.
 
     Returns: the attended values, in v's dtype.
