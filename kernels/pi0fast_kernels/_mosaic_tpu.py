@@ -44,22 +44,26 @@ def launch(
     device: _dispatch.Device,
     grid_spec: Any,
     parallel: Sequence[bool],
+    cost: tuple[int, int, int],
     vmem_limit_bytes: int | None = None,
 ) -> list[jax.Array]:
     """`kernel` over the grid of a `pltpu.PrefetchScalarGridSpec` → results. Profiles show it as `name`.
 
     parallel: of each axis of the grid, whether its programs may run in any order.
+    cost: floating-point operations, bytes from and to HBM and transcendental functions of one call, for XLA's scheduler.
     vmem_limit_bytes: VMEM that the kernel may use; None for the compiler's default.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
+    flops, bytes_accessed, transcendentals = cost
     call = pl.pallas_call(
         kernel,
         out_shape=_dispatch.results_vary_as(results, arrays),
         grid_spec=grid_spec,
         name=name,
         interpret=device.platform != "tpu" and pltpu.InterpretParams(detect_races=True),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=transcendentals),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=["parallel" if free else "arbitrary" for free in parallel],
             vmem_limit_bytes=vmem_limit_bytes,

@@ -55,7 +55,8 @@ def ada_rms_norm(x, scale, shift=None, *, residual=None, gate=None, eps=1e-6, im
     2023, https://arxiv.org/abs/2212.09748, on RMSNorm, https://arxiv.org/abs/1910.07467).
 
     implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and
-        `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32, both with widths up to 4096; `reference` is pure JAX.
+        `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32, both with widths up to 4096; `reference` is pure
+        JAX.
 
     Returns: the normed value in x's dtype; with `residual`, also the new residual `y` in x's dtype.
 

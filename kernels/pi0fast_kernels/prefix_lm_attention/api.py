@@ -41,8 +41,9 @@ def prefix_lm_attention(
     N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
 
     implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and
-        `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32, both with head dimensions from 16 to 256; `xla` and `cudnn` are
-        `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges; `reference` is pure JAX.
+        `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32, both with head dimensions from 16 to 256; `xla`
+        and `cudnn` are `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges;
+        `reference` is pure JAX.
 
     Returns: the attended values, in v's dtype.
 
