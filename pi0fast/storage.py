@@ -8,7 +8,7 @@ file's bytes, the decoded chunks, the shards on their way to the devices), and a
 import asyncio
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,17 @@ class _FinishingLoop(asyncio.SelectorEventLoop):
                 task.cancel()
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         super().close()
+
+    def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Any = None) -> asyncio.Handle:
+        """Tensorstore's threads tell of a read that was cancelled, and may come after the loop was closed."""
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            nobody_waits = asyncio.Handle(callback, args, self, context)
+            nobody_waits.cancel()
+            return nobody_waits
 
 
 def _finishing_policy() -> asyncio.AbstractEventLoopPolicy:
