@@ -1,8 +1,9 @@
 """How long a compiled program takes on devices that are not there, instruction by instruction.
 
 An instruction takes the longest of three: the cycles that the TPU compiler estimates for it, its matrix products at the
-peak, its memory traffic at the peak bandwidth. The schedule is then walked: collectives take their time on the
-links one after the other, and what the compute between a collective's start and its end does not cover is exposed.
+peak, its memory traffic at the peak bandwidth. A kernel of ours has no such cycles: the longer of the other two. The
+schedule is then walked: collectives take their time on the links one after the other, and what the compute between a
+collective's start and its end does not cover is exposed.
 
 Nothing here is measured, and all of it is at peaks: real steps take longer. Collectives have no latency; the TPU
 compiler's memory is some two times faster than the real one, hence the bandwidth's own bound; products on GPUs whose
@@ -21,7 +22,7 @@ from pi0fast.flops import DeviceSpec
 from pi0fast.hlo import Collective, Instruction, Program
 
 CLOCKS = {"v5 lite": 1.5e9, "v5e": 1.5e9, "v5p": 1.75e9, "v5": 1.75e9, "v6 lite": 1.75e9, "v6e": 1.75e9}
-# Matrix products of our attention kernels, each of 2 B T N C S operations.
+# Matrix products of our attention kernels for GPUs, each of 2 B T N C S operations.
 ATTENTION_PRODUCTS = {"prefix_lm_attention_forward": 2, "prefix_lm_attention_dq": 3, "prefix_lm_attention_dkv": 4}
 # The `jax.named_scope`s of the trainer's step and of the policy's call.
 STAGES = ("augment", "draw", "siglip", "embed_prompt", "prefix", "state", "suffix", "loss", "optimizer", "metrics")
@@ -48,7 +49,7 @@ class Estimate:
     compute_s, exposed_s: seconds of compute, and of communication that it does not cover.
     products_s: the part of compute_s in instructions that hold a matrix product.
     stages: compute_s by stage (`stages`).
-    flops: of the matrix products that the program runs; 0 on TPUs, whose compiler tells cycles instead.
+    flops: of the matrix products that the program runs; on TPUs, whose compiler tells cycles instead, of kernels alone.
     """
 
     compute_s: float = 0.0
@@ -199,12 +200,12 @@ def only_communicates(program: Program, instruction: Instruction) -> bool:
 def _has_product(program: Program, instruction: Instruction) -> bool:
     if instruction.opcode == "fusion":
         return any(_has_product(program, x) for name in instruction.called for x in program.computations[name])
-    is_attention = any(f"/{name}/" in instruction.scope for name in ATTENTION_PRODUCTS)
+    is_attention = "/prefix_lm_attention_" in instruction.scope
     return instruction.opcode in ("dot", "convolution") or (instruction.opcode == "custom-call" and is_attention)
 
 
 def _flops(program: Program, instruction: Instruction, types: dict[str, str]) -> float:
-    """Of the matrix products of a GPU program; TPU programs tell cycles instead."""
+    """Of the matrix products of a GPU program, or of a kernel; what else is in TPU programs tells cycles instead."""
     if instruction.opcode in ("fusion", "fusion-start"):
         return sum(
             _flops(program, inner, {x.name: x.type for x in program.computations[name]})
@@ -217,6 +218,8 @@ def _flops(program: Program, instruction: Instruction, types: dict[str, str]) ->
         dims = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)[}\]]', instruction.line)
         contracted = [left.shape[int(axis)] for axis in re.findall(r"\d+", dims[1])] if dims else []
         return 2.0 * math.prod(hlo.arrays(instruction.type)[0].shape) * math.prod(contracted)
+    if cost := re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.line):  # a kernel for TPUs says its own
+        return float(cost[1])
     if instruction.opcode == "custom-call":
         for name, products in ATTENTION_PRODUCTS.items():
             if f"/{name}/" in instruction.scope:

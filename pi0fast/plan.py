@@ -25,7 +25,7 @@ from rich.table import Table
 from pi0fast import config, flops, fsdp, memory, targets, train_state
 from pi0fast import mesh as meshes
 from pi0fast.config import Pi0Config
-from pi0fast.estimate import Estimate, estimate
+from pi0fast.estimate import CLOCKS, Estimate, estimate
 from pi0fast.fitting import Advice, advise, largest_batch
 from pi0fast.flops import DeviceSpec
 from pi0fast.hlo import Program
@@ -248,7 +248,7 @@ def _time(
     late = max(0.0, transfer - read.seconds)
     step = read.seconds + late
     return Time(
-        compute_source="derived" if read.flops else "compiler estimate, or memory traffic, derived",
+        compute_source="compiler estimate, or memory traffic, derived" if spec.kind in CLOCKS else "derived",
         compute_ms=read.compute_s * 1e3,
         exposed_ms=read.exposed_s * 1e3,
         transfer_ms=transfer * 1e3,

@@ -20,8 +20,10 @@ os.environ["PI0FAST_TPU_INTERPRET"] = "1"
 
 os.environ.setdefault("PI0FAST_COMMIT", "tests")  # results need one, also where the files are no git checkout
 
-# Most tests of the trainer compile the same few programs.
-COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+# Most tests of the trainer compile the same few programs. Each worker of pytest-xdist has its own cache, since JAX does
+# not write a file in one piece; what a worker starts is no worker, and may run pytest itself.
+WORKER = os.environ.pop("PYTEST_XDIST_WORKER", "alone")
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled" / WORKER
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_num_cpu_devices", 8)

@@ -151,6 +151,7 @@ def test_damaged_arrays_are_named_and_the_checkpoint_before_is_offered(run, item
         restore(run, 400)
 
 
+@pytest.mark.slow
 def test_nothing_but_the_message_is_printed(tmp_path, monkeypatch, caplog):
     """The reads under way when one fails are ended; what a collector finds of them would be a page of stderr each."""
     storage.save_arrays(tmp_path / "arrays", {f"a/{i}": jnp.arange(30_000.0) + i for i in range(400)})

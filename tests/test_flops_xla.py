@@ -107,6 +107,7 @@ def trainers_step(size: Pi0Config, settings: Settings) -> tuple[Any, float]:
 EXPERT = "siglip,embedding,vlm"
 
 
+@pytest.mark.slow
 @RELEASED
 @pytest.mark.parametrize(("freeze", "flow_samples"), [("", 1), ("", 4), (EXPERT, 1)])
 def test_the_trainers_step(preset, freeze, flow_samples):

@@ -68,6 +68,7 @@ def test_a_run_learns_and_is_a_folder(settings):
     assert {"loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait", "tflops"} <= set(lines[-1])
 
 
+@pytest.mark.slow
 def test_named_kernels_train_the_same(settings):
     """The Triton kernels, in their interpreter, inside the trainer's `shard_map`."""
     short = dataclasses.replace(settings, steps=2, batch_size=2, remat="mlp")
@@ -101,6 +102,7 @@ def test_resumed_run_is_bit_equal(settings):
         np.testing.assert_array_equal(resumed[path], array, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on_exactly(settings):
     run = train.train("pi0_tiny", settings)
     curve, expected = losses(run), final_weights(run)
@@ -170,6 +172,7 @@ def test_prompts_are_computed_as_long_as_the_data_needs(settings):
         train.open_data(changed(settings, "input", prompt_len=4), model)
 
 
+@pytest.mark.slow
 def test_mask_padding_leaves_repeated_actions_out(settings):
     masked = changed(dataclasses.replace(settings, steps=1), "loss", mask_padding=True)
     other = dataclasses.replace(settings, steps=1, out=settings.out.with_name("plain"))

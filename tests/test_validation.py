@@ -203,6 +203,7 @@ def test_meshes_agree(settings):
 # ── In the trainer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_the_weights_that_inference_uses(settings, capsys):
     begun = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
     first = lines(begun)

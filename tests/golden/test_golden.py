@@ -24,16 +24,23 @@ EXECUTIONS = {
     "remat_full": Execution(remat="full"),
     "triton": Execution(kernels="triton", remat="mlp"),
 }
+# Of Triton, whose interpreter takes a minute, Pi0.5 alone: it launches every kernel that Pi0 does.
+RUNS = [
+    ("pi0_tiny", "plain"),
+    ("pi0_tiny", "not_compacted"),
+    ("pi05_tiny", "plain"),
+    ("pi05_tiny", "remat_mlp"),
+    pytest.param(("pi0_tiny", "remat_mlp"), marks=pytest.mark.slow),
+    pytest.param(("pi0_tiny", "remat_full"), marks=pytest.mark.slow),
+    pytest.param(("pi05_tiny", "not_compacted"), marks=pytest.mark.slow),
+    pytest.param(("pi05_tiny", "remat_full"), marks=pytest.mark.slow),
+    pytest.param(("pi05_tiny", "triton"), marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(params=golden.NAMES, scope="module")
 def case(request) -> golden.Golden:
     return golden.load(request.param)
-
-
-@pytest.fixture(params=EXECUTIONS, scope="module")
-def execution(request) -> Execution:
-    return EXECUTIONS[request.param]
 
 
 def assert_close(actual, expected, tolerance):
@@ -43,11 +50,10 @@ def assert_close(actual, expected, tolerance):
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-@pytest.fixture(scope="module")
-def computed(case, execution):
-    """velocity, loss and gradients (by openpi's names) of one configuration."""
-    if execution.kernels == "triton" and not case.config.pi05:
-        pytest.skip("Triton's interpreter takes a minute: Pi0.5 launches every kernel that Pi0 does")
+@pytest.fixture(params=RUNS, ids="-".join, scope="module")
+def computed(request):
+    """The case, and its velocity, loss and gradients (by openpi's names) in one configuration."""
+    case, execution = golden.load(request.param[0]), EXECUTIONS[request.param[1]]
     model = case.model()
     actions, noise, t = (case.inputs[name] for name in ("actions", "noise", "time"))
     x_t = flow.interpolate(actions, noise, t)
@@ -59,17 +65,17 @@ def computed(case, execution):
 
     (_, loss), grads = nnx.jit(nnx.value_and_grad(mean_loss, has_aux=True))(model)
     grads = convert.to_openpi(nnx.merge(nnx.graphdef(model), grads))
-    return velocity, loss, grads
+    return case, velocity, loss, grads
 
 
-def test_velocity_and_loss(case, computed):
-    velocity, loss, _ = computed
+def test_velocity_and_loss(computed):
+    case, velocity, loss, _ = computed
     assert_close(velocity, case.values["velocity"], VALUE_TOLERANCE)
     assert_close(loss, case.values["loss"], VALUE_TOLERANCE)
 
 
-def test_gradients(case, computed):
-    _, _, grads = computed
+def test_gradients(computed):
+    case, _, _, grads = computed
     paths = sorted(case.params)
     assert paths == list(grads)
     norms = np.array([np.linalg.norm(grads[path]) for path in paths])
@@ -80,10 +86,10 @@ def test_gradients(case, computed):
         assert_close(grads[path], expected, GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("num_steps", [1, 4, 10])
-@pytest.mark.parametrize("compact", [True, False])
-def test_samples(case, compact, num_steps):
-    execution = Execution(compact=compact)
+@pytest.mark.parametrize("num_steps", [1, pytest.param(4, marks=pytest.mark.slow), 10])
+@pytest.mark.parametrize("execution", ["plain", pytest.param("not_compacted", marks=pytest.mark.slow)])
+def test_samples(case, execution, num_steps):
+    execution = EXECUTIONS[execution]
     sample = jax.jit(lambda m, noise: sample_actions(m, case.observation, noise, num_steps, execution=execution))
     assert_close(sample(case.model(), case.inputs["noise"]), case.values[f"sampled_{num_steps}"], VALUE_TOLERANCE)
 

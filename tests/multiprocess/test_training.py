@@ -70,6 +70,7 @@ def assert_silent(group, index):
     assert not any(word in group.output(index) for word in ("pi0fast", "step", "loss", "Loss curve"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(trainer, alone, tmp_path):
     group = trainer(2, "two", "--mesh=fsdp:2", "--steps=3", "--batch-size=8", *SCHEDULE)
     single = alone("one", mesh="fsdp:2", steps=3)
