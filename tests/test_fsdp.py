@@ -65,7 +65,7 @@ def single(case):
     [
         ("fsdp:8", "none"),
         ("data:2,fsdp:4", "mlp"),
-        pytest.param("fsdp:8", "full", marks=pytest.mark.slow),
+        pytest.param("fsdp:8", "full", marks=pytest.mark.long),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(case, single, spec, remat):
@@ -87,7 +87,7 @@ def wide_model():
     return dataclasses.replace(tiny, vlm=vlm, action_expert=action, vocab_size=16)
 
 
-@pytest.mark.parametrize("remat", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mlp", "full"))])
+@pytest.mark.parametrize("remat", ["none", *(pytest.param(name, marks=pytest.mark.long) for name in ("mlp", "full"))])
 def test_gathered_weights_are_not_kept(remat):
     """Temporaries stay far below the weights, which a backward pass over kept gathered weights would need."""
     size = wide_model()

@@ -8,7 +8,7 @@ import pytest
 from bench import infer_record, openpi_style
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_record_of_a_tiny_preset(tmp_path, monkeypatch):
     out = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", ["infer_record", str(out), "--rounds=3", "--presets", "pi05_tiny"])

@@ -196,7 +196,7 @@ def test_order_of_the_solvers(solver, order):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["pi0_base", "pi05_base"])
+@pytest.mark.parametrize("preset", [pytest.param("pi0_base", marks=pytest.mark.long), "pi05_base"])
 def test_full_size_forward_pass_in_bfloat16(preset):
     """One example with three cameras; the weights are bfloat16, so that model and activations fit 24 GB."""
     size = config.PRESETS[preset]()

@@ -82,7 +82,7 @@ def small_device(monkeypatch):
     return make
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_advice_was_compiled(small_device):
     settings = dataclasses.replace(TINY, mesh="fsdp:2", batch_size=8)
     mesh = meshes.make("fsdp:2")

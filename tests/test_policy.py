@@ -103,7 +103,7 @@ def test_kernels_that_cannot_run_are_refused(run, monkeypatch):
         Policy.load(run[0], kernels="triton")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_named_kernels_give_the_same_actions(run, observation):
     """Guided by the last chunk too, which runs the kernels backwards."""
     ours, theirs = (

@@ -354,7 +354,7 @@ def test_a_slowed_kernel_is_caught(tmp_path):
     assert [re.sub(r".*\[|\]", "", change.name) for change in found.alike] == ["siglip-forward-xla"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_code_is_not_accused(tmp_path):
     """Three real runs of one commit, every pair of them."""
     runs = [run_benchmarks(tmp_path / f"{i}.jsonl", "forward and (reference or xla)") for i in range(3)]

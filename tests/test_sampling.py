@@ -45,7 +45,7 @@ def with_prompt(case: golden.Golden, length: int, valid: int) -> Observation:
     return dataclasses.replace(case.observation, tokenized_prompt=tokens, tokenized_prompt_mask=mask)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", pytest.param("midpoint", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("solver", ["euler", "heun", pytest.param("midpoint", marks=pytest.mark.long)])
 def test_cached_and_uncached_sampling_agree(case, solver):
     """Against whole forward passes, prefix and state computed anew at every time."""
     model, noise = case.model(), case.inputs["noise"]

@@ -68,7 +68,7 @@ def test_a_run_learns_and_is_a_folder(settings):
     assert {"loss", "grad_norm", "learning_rate", "samples_per_s", "data_wait", "tflops"} <= set(lines[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_named_kernels_train_the_same(settings):
     """The Triton kernels, in their interpreter, inside the trainer's `shard_map`."""
     short = dataclasses.replace(settings, steps=2, batch_size=2, remat="mlp")
@@ -315,7 +315,7 @@ def test_killed_and_resumed_run_is_bit_equal(trainer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_signal_saves_and_exits(trainer, tmp_path, number):
     process = trainer("run", "--steps=100000")
     wait_for_step(tmp_path / "run", 3, process)

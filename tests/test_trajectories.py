@@ -122,8 +122,8 @@ def arrays_agree(found, expected, bound):
     [
         ("fsdp:8", {}),
         ("data:2,fsdp:4", {"accum": 2}),
-        pytest.param("data:2,fsdp:4", {"remat": "mlp"}, marks=pytest.mark.slow),
-        pytest.param("data:8", {}, marks=pytest.mark.slow),
+        pytest.param("data:2,fsdp:4", {"remat": "mlp"}, marks=pytest.mark.long),
+        pytest.param("data:8", {}, marks=pytest.mark.long),
         pytest.param("fsdp:1", {"accum": 2}, marks=pytest.mark.slow),
     ],
 )
@@ -146,7 +146,7 @@ def test_the_gradient_of_key_biases_is_rounding(trajectory):
     ("spec", "changes"),
     [
         ("fsdp:8", {"reduce_dtype": "bfloat16"}),
-        pytest.param("data:2,fsdp:4", {"accum": 2}, marks=pytest.mark.slow),
+        pytest.param("data:2,fsdp:4", {"accum": 2}, marks=pytest.mark.long),
     ],
 )
 def test_bfloat16_runs_agree_as_well_as_bfloat16_allows(trajectory, spec, changes):
@@ -182,7 +182,7 @@ def test_accumulation_reduces_over_data_once_per_step(trajectory):
     assert "all-reduce" in {instruction.opcode for instruction in program.computations[program.entry]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_average_on_the_host_is_the_same():
     """Bit for bit, in the memory that was asked for, on several devices."""
     mesh, batch = meshes.make("fsdp:2"), next(batches(MINI, BATCH))

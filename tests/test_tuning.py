@@ -171,7 +171,7 @@ def test_a_model_without_updates_is_its_own_merged_one():
     assert merge(model) is model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_updates_train_on_every_mesh():
     """Three steps, two draws behind each prefix."""
 

@@ -5,7 +5,7 @@ import pytest
 from bench import triton_resources
 from pi0fast_kernels._triton import SHARED_MEMORY
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.timeout(1200)

@@ -30,10 +30,10 @@ RUNS = [
     ("pi0_tiny", "not_compacted"),
     ("pi05_tiny", "plain"),
     ("pi05_tiny", "remat_mlp"),
-    pytest.param(("pi0_tiny", "remat_mlp"), marks=pytest.mark.slow),
-    pytest.param(("pi0_tiny", "remat_full"), marks=pytest.mark.slow),
-    pytest.param(("pi05_tiny", "not_compacted"), marks=pytest.mark.slow),
-    pytest.param(("pi05_tiny", "remat_full"), marks=pytest.mark.slow),
+    pytest.param(("pi0_tiny", "remat_mlp"), marks=pytest.mark.long),
+    pytest.param(("pi0_tiny", "remat_full"), marks=pytest.mark.long),
+    pytest.param(("pi05_tiny", "not_compacted"), marks=pytest.mark.long),
+    pytest.param(("pi05_tiny", "remat_full"), marks=pytest.mark.long),
     pytest.param(("pi05_tiny", "triton"), marks=pytest.mark.slow),
 ]
 
@@ -86,8 +86,8 @@ def test_gradients(computed):
         assert_close(grads[path], expected, GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("num_steps", [1, pytest.param(4, marks=pytest.mark.slow), 10])
-@pytest.mark.parametrize("execution", ["plain", pytest.param("not_compacted", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [1, pytest.param(4, marks=pytest.mark.long), 10])
+@pytest.mark.parametrize("execution", ["plain", pytest.param("not_compacted", marks=pytest.mark.long)])
 def test_samples(case, execution, num_steps):
     execution = EXECUTIONS[execution]
     sample = jax.jit(lambda m, noise: sample_actions(m, case.observation, noise, num_steps, execution=execution))

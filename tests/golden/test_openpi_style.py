@@ -41,7 +41,7 @@ def _loss(config, observation, actions, noise, t, params):
     return jnp.mean(losses), losses
 
 
-@pytest.mark.parametrize("num_steps", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 10))])
+@pytest.mark.parametrize("num_steps", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 10))])
 def test_samples(case, num_steps):
     sample = jax.jit(openpi_style.sample_actions, static_argnums=(1, 4))
     samples = sample(case.params, case.config, case.observation, case.inputs["noise"], num_steps)

@@ -192,7 +192,7 @@ def test_random_problems(problem):
     check(triton, VARIANTS[variant], shape, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems(largest=70))
 def test_many_random_problems(problem):

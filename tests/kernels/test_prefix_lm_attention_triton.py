@@ -184,7 +184,7 @@ def test_random_problems(problem):
     check_problem(problem)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(problems(largest=40))
 def test_many_random_problems(problem):

@@ -70,7 +70,7 @@ def assert_silent(group, index):
     assert not any(word in group.output(index) for word in ("pi0fast", "step", "loss", "Loss curve"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one(trainer, alone, tmp_path):
     group = trainer(2, "two", "--mesh=fsdp:2", "--steps=3", "--batch-size=8", *SCHEDULE)
     single = alone("one", mesh="fsdp:2", steps=3)
@@ -80,7 +80,7 @@ def test_two_processes_train_as_one(trainer, alone, tmp_path):
     assert (tmp_path / "two" / "loss.png").exists() and not list(tmp_path.glob(".two*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_validate_as_one(trainer, alone, tmp_path):
     """On the same held-out samples, though each process loads its part of them."""
     flags = ("--val.fraction=0.31", "--val.batches=3", "--steps=2", "--batch-size=8", *SCHEDULE)
@@ -104,7 +104,7 @@ def trajectories():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "mesh"), [(2, "fsdp:8"), (4, "data:2,fsdp:4")])
+@pytest.mark.parametrize(("count", "mesh"), [pytest.param(2, "fsdp:8", marks=pytest.mark.long), (4, "data:2,fsdp:4")])
 def test_twenty_steps_agree(trainer, alone, tmp_path, trajectories, count, mesh):
     """One seed, one global batch: 2 × 4 and 4 × 2 devices, against 1 and 8 devices in one process."""
     group = trainer(count, "several", f"--mesh={mesh}", "--steps=20", "--batch-size=8", *SCHEDULE)
@@ -131,7 +131,7 @@ def test_a_signal_to_one_saves_the_same_step_in_all(trainer, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "count"), [(0, 1), (1, 4)])
+@pytest.mark.parametrize(("victim", "count"), [pytest.param(0, 1, marks=pytest.mark.long), (1, 4)])
 def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
     trainer, alone, tmp_path, victim, count
 ):
@@ -170,7 +170,7 @@ def test_data_that_vanish_from_one_process_end_all(trainer, alone, demo_dataset,
     alone("run", mesh="fsdp:2", steps=step + 1, resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_that_vanish_end_a_single_process(trainer, alone, demo_dataset, tmp_path):
     data = shutil.copytree(demo_dataset, tmp_path / "data")
     flags = (f"--data={data}", "--input.cache-gib=0", "--batch-size=8", "--mesh=fsdp:2")
@@ -184,7 +184,7 @@ def test_data_that_vanish_end_a_single_process(trainer, alone, demo_dataset, tmp
     alone("run", mesh="fsdp:2", steps=step + 1, resume=True, data=str(data))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_is_told_alike_by_all(trainer, tmp_path):
     wild = ("--optim.peak-lr=1e30", "--optim.clip-norm=1e30", "--optim.warmup-steps=1")
     group = trainer(2, "run", "--mesh=fsdp:2", "--steps=100", "--batch-size=8", *wild)
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_is_told_alike_by_all(trainer, tmp_path):
     assert len(said) == 2 and said[0] == said[1] and "batch indices [" in said[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_openpis_weights_start_several_processes(trainer, alone, tmp_path):
     """Each reads its shards; the dead parameters are kept beside the run, whole, and handed on from there."""
     model = Pi0(MINI, rngs=nnx.Rngs(7))
