@@ -19,6 +19,7 @@ shift and gate in VMEM on the way, so results are the same from run to run. A to
 at 4096.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ from pi0fast_kernels._mosaic_tpu import generation, launch
 
 SUBLANES, LANES = 8, 128
 # Blocks of a call that are at least made, where there are as many examples: the first read and the last write wait.
-FEWEST_PROGRAMS = 8
+FEWEST_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -61,142 +62,167 @@ TUNING: dict[str | None, TuningConfig] = {
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """How a call is cut: `examples` × `rows` tokens a block, `chunk` tokens at once."""
+class Cut:
+    """How a call is cut: blocks of `examples` × `rows` tokens, computed in chunks of `chunk` tokens.
+
+    group: examples whose modulations, and the gradients of those, lie in one block: a whole tile of HBM, or XLA copies
+    them into other tiles. splits: of the tokens of one example, so that every core has some.
+    """
 
     b: int
     t: int
+    group: int
     examples: int
     rows: int
     chunk: int
     splits: int
 
     @property
-    def count(self) -> int:
-        """Blocks of one example's tokens."""
+    def blocks(self) -> int:
+        """Of one example's tokens."""
         return pl.cdiv(self.t, self.rows)
 
     @property
-    def steps(self) -> int:
-        """Of them, those that one program of the parallel axis walks over."""
-        return pl.cdiv(self.count, self.splits)
+    def grid(self) -> tuple[int, int, int]:
+        """Parts that may run in any order, and in each, in order: examples, and of these the blocks."""
+        return self.b // self.group * self.splits, self.group // self.examples, pl.cdiv(self.blocks, self.splits)
 
-    def index(self, program: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Which examples and which of their blocks; after the last one the same again."""
-        return program // self.splits, jnp.minimum(program % self.splits * self.steps + step, self.count - 1)
+    def step(self, part, step):
+        """Which of the blocks that is. Where the splits do not divide them, the last part steps past the last one."""
+        return part % self.splits * self.grid[2] + step
+
+    def index(self, part, member, step):
+        """Examples and tokens of a block; past the last one, the last one again."""
+        return part // self.splits * self.grid[1] + member, jnp.minimum(self.step(part, step), self.blocks - 1)
 
 
-def blocks(x: jax.Array, config: TuningConfig) -> Blocks:
+def cut(x: jax.Array, config: TuningConfig) -> Cut:
     """Blocks of about `config.block` bytes for x `[B, T, D]`."""
     b, t, d = x.shape
     token = d * x.dtype.itemsize
     rows = max(config.block // token // config.align, 1) * config.align
+    group = math.gcd(b, SUBLANES)
     examples = 1
     if t <= rows:
         rows = t
-        most = max(1, min(config.block // (token * t), b // FEWEST_PROGRAMS))
-        examples = max(n for n in range(1, most + 1) if b % n == 0)
+        most = max(1, min(config.block // (token * t), b // FEWEST_BLOCKS))
+        examples = max(n for n in range(1, most + 1) if group % n == 0)
     splits = min(config.cores, pl.cdiv(t, rows)) if b == 1 else 1
-    return Blocks(b, t, examples, rows, config.chunk, splits)
+    return Cut(b, t, group, examples, rows, config.chunk, splits)
 
 
-def _for_each_chunk(cut: Blocks, step: jax.Array, begin: Callable, chunk: Callable, end: Callable | None = None):
-    """`begin(example)`, `chunk(example, rows)` for all its tokens that exist, `end(example)`; of each example in turn.
+def _for_each_chunk(how: Cut, begin: Callable, chunk: Callable, end: Callable):
+    """For each example: `begin(example)`, `chunk(example, row, tokens)` for all that exist, `end(example)`.
 
-    step: of the blocks that this program walks over.
+    row: where the example's modulations lie in their block.
     """
 
     def block(tokens: int) -> None:
-        def whole_chunk(example, i, _):
-            chunk(example, pl.ds(pl.multiple_of(i * cut.chunk, cut.chunk), cut.chunk))
-
         def run(example, _):
+            row = pl.program_id(1) * how.examples + example
+
+            def whole_chunk(i, _):
+                chunk(example, row, pl.ds(pl.multiple_of(i * how.chunk, how.chunk), how.chunk))
+
             begin(example)
-            lax.fori_loop(0, tokens // cut.chunk, partial(whole_chunk, example), None)
-            if tokens % cut.chunk:
-                chunk(example, slice(tokens - tokens % cut.chunk, tokens))
-            if end is not None:
-                end(example)
+            lax.fori_loop(0, tokens // how.chunk, whole_chunk, None)
+            if tokens % how.chunk:
+                chunk(example, row, slice(tokens - tokens % how.chunk, tokens))
+            end(example)
 
-        lax.fori_loop(0, cut.examples, run, None)
+        lax.fori_loop(0, how.examples, run, None)
 
-    # A block past the last one exists where the splits do not divide the blocks.
-    place = pl.program_id(0) % cut.splits * cut.steps + step
-    rest = cut.t % cut.rows or cut.rows
-    pl.when(place == cut.count - 1)(partial(block, rest))
-    if cut.count > 1:
-        pl.when(place < cut.count - 1)(partial(block, cut.rows))
+    step = how.step(pl.program_id(0), pl.program_id(2))
+    whole, rest = divmod(how.t, how.rows)
+    if whole:
+        pl.when(step < whole)(partial(block, how.rows))
+    if rest:
+        pl.when(step == whole)(partial(block, rest))
 
 
-def _forward(*refs, names: tuple[str, ...], cut: Blocks, eps: float):
+def _at_first(run: Callable[[], None]) -> None:
+    """Once in every part, before all else."""
+    pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))(run)
+
+
+def _forward(*refs, names: tuple[str, ...], how: Cut, eps: float):
     at = dict(zip(names, refs, strict=True))
-    column = at["column"]
 
-    def chunk(example, rows):
-        y = at["x"][example, rows].astype(jnp.float32)
+    @_at_first
+    def _():
+        _widen(at)
+
+    def chunk(example, row, tokens):
+        y = at["x"][example, tokens].astype(jnp.float32)
         if "gate" in at:
-            y *= at["gate"][example].astype(jnp.float32)
+            y *= at["wide_gate"][pl.ds(row, 1)]
         if "residual" in at:
-            y += at["residual"][example, rows].astype(jnp.float32)
+            y += at["residual"][example, tokens].astype(jnp.float32)
             rounded = y.astype(at["total"].dtype)
-            at["total"][example, rows] = rounded
+            at["total"][example, tokens] = rounded
             y = rounded.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(y), axis=1, keepdims=True) + eps)
-        column[rows] = inverse
-        y *= inverse * (1.0 + at["scale"][example].astype(jnp.float32))
+        at["column"][tokens] = inverse
+        y *= inverse * at["wide_scale"][pl.ds(row, 1)]
         if "shift" in at:
-            y += at["shift"][example].astype(jnp.float32)
-        at["normed"][example, rows] = y.astype(at["normed"].dtype)
+            y += at["wide_shift"][pl.ds(row, 1)]
+        at["normed"][example, tokens] = y.astype(at["normed"].dtype)
 
     def end(example):
-        at["rstd"][example] = jnp.transpose(column[...])
+        at["rstd"][example] = jnp.transpose(at["column"][...])
 
-    _for_each_chunk(cut, pl.program_id(1), lambda _: None, chunk, end)
+    _for_each_chunk(how, lambda _: None, chunk, end)
 
 
-def _backward(*refs, names: tuple[str, ...], cut: Blocks):
+def _backward(*refs, names: tuple[str, ...], how: Cut):
     at = dict(zip(names, refs, strict=True))
-    column = at["column"]
     sums = [name for name in ("dscale", "dshift", "dgate") if name in at]
-    step = pl.program_id(1)
 
-    @pl.when(step == 0)
+    @_at_first
     def _():
+        _widen(at)
         for name in sums:
             at[f"{name}_sum"][...] = jnp.zeros_like(at[f"{name}_sum"])
 
-    def add(name, example, terms):
-        """[rows, D], to the sums over every eighth token."""
+    def add(name, row, terms):
+        """[tokens, D], to the sums over every eighth token."""
         for first in range(0, terms.shape[0], SUBLANES):
             some = terms[first : first + SUBLANES]
-            at[f"{name}_sum"][example, : some.shape[0]] += some
+            at[f"{name}_sum"][row, : some.shape[0]] += some
 
     def begin(example):
-        column[...] = jnp.transpose(at["rstd"][example])
+        at["column"][...] = jnp.transpose(at["rstd"][example])
 
-    def chunk(example, rows):
-        inverse = column[rows]
-        unit = at["total"][example, rows].astype(jnp.float32) * inverse
-        dout = at["dnormed"][example, rows].astype(jnp.float32)
-        add("dscale", example, dout * unit)
+    def chunk(example, row, tokens):
+        inverse = at["column"][tokens]
+        unit = at["total"][example, tokens].astype(jnp.float32) * inverse
+        dout = at["dnormed"][example, tokens].astype(jnp.float32)
+        add("dscale", row, dout * unit)
         if "dshift" in at:
-            add("dshift", example, dout)
-        dunit = dout * (1.0 + at["scale"][example].astype(jnp.float32))
+            add("dshift", row, dout)
+        dunit = dout * at["wide_scale"][pl.ds(row, 1)]
         dy = inverse * (dunit - unit * jnp.mean(dunit * unit, axis=1, keepdims=True))
         if "dtotal" in at:
-            dy += at["dtotal"][example, rows].astype(jnp.float32)
-        at["dresidual"][example, rows] = dy.astype(at["dresidual"].dtype)
+            dy += at["dtotal"][example, tokens].astype(jnp.float32)
+        at["dresidual"][example, tokens] = dy.astype(at["dresidual"].dtype)
         if "dgate" in at:
-            add("dgate", example, dy * at["x"][example, rows].astype(jnp.float32))
-            dx = dy * at["gate"][example].astype(jnp.float32)
-            at["dx"][example, rows] = dx.astype(at["dx"].dtype)
+            add("dgate", row, dy * at["x"][example, tokens].astype(jnp.float32))
+            dx = dy * at["wide_gate"][pl.ds(row, 1)]
+            at["dx"][example, tokens] = dx.astype(at["dx"].dtype)
 
-    _for_each_chunk(cut, step, begin, chunk)
+    _for_each_chunk(how, begin, chunk, lambda _: None)
 
-    @pl.when(step == cut.steps - 1)
+    @pl.when((pl.program_id(1) == how.grid[1] - 1) & (pl.program_id(2) == how.grid[2] - 1))
     def _():
         for name in sums:
-            at[name][...] = jnp.sum(at[f"{name}_sum"][...], axis=1, keepdims=True)
+            at[name][0] = jnp.sum(at[f"{name}_sum"][...], axis=1).astype(at[name].dtype)
+
+
+def _widen(at) -> None:
+    """Modulations in float32, of which a row can be read at any place; scale counted from one."""
+    for name in ("scale", "shift", "gate"):
+        if f"wide_{name}" in at:
+            at[f"wide_{name}"][...] = at[name][0].astype(jnp.float32) + (name == "scale")
 
 
 def forward(
@@ -211,15 +237,15 @@ def forward(
     config: TuningConfig | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"], Float[Array, "B T D"] | None]:
     """The normed value, `rsqrt(mean(y²) + eps)` of each token, and the new residual where there is one."""
-    b, t, d = x.shape
-    cut = blocks(x, config or TUNING[generation(device)])
+    b, t, _ = x.shape
+    how = cut(x, config or TUNING[generation(device)])
     given = {"x": x, "residual": residual, "scale": scale, "shift": shift, "gate": gate}
     like_x = jax.ShapeDtypeStruct(x.shape, x.dtype)
     results = {"normed": like_x, "rstd": jax.ShapeDtypeStruct((b, 1, t), jnp.float32)}
     if residual is not None:
         results["total"] = like_x
     operations = 4 + (shift is not None) + (residual is not None) + (gate is not None)
-    made = _call(partial(_forward, eps=eps), given, results, {}, cut, device, operations)
+    made = _call(partial(_forward, eps=eps), given, results, {}, how, device, operations)
     return made["normed"], made["rstd"].reshape(b, t), made.get("total")
 
 
@@ -246,60 +272,66 @@ def backward(
 
     total: what was normed, x or the new residual. dtotal: the new residual's own cotangent.
     """
-    b, t, d = total.shape
-    cut = blocks(total, config or TUNING[generation(device)])
+    b, _, d = total.shape
+    how = cut(total, config or TUNING[generation(device)])
     modulations = {"scale": scale, "shift": shift, "gate": gate}
     like_total = jax.ShapeDtypeStruct(total.shape, total.dtype)
     given = {"total": total, "dnormed": dnormed, "dtotal": dtotal, "x": x, "rstd": rstd[:, None]}
     given |= {"scale": scale, "gate": gate}
     results = {"dresidual": like_total} | ({} if gate is None else {"dx": like_total})
     sums = {f"d{name}": m for name, m in modulations.items() if m is not None}
-    results |= {name: jax.ShapeDtypeStruct((b * cut.splits, 1, d), jnp.float32) for name in sums}
-    scratch = {f"{name}_sum": pltpu.VMEM((cut.examples, SUBLANES, d), jnp.float32) for name in sums}
+    shape = (b // how.group * how.splits, how.group, d)
+    kinds = {name: jnp.float32 if how.splits > 1 else m.dtype for name, m in sums.items()}
+    results |= {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
+    scratch = {f"{name}_sum": pltpu.VMEM((how.group, SUBLANES, d), jnp.float32) for name in sums}
     operations = 9 + (shift is not None) + (dtotal is not None) + 3 * (gate is not None)
-    made = _call(_backward, given, results, scratch, cut, device, operations)
+    made = _call(_backward, given, results, scratch, how, device, operations)
     gradients = {
-        name: jnp.sum(made[name].reshape(b, cut.splits, d), axis=1).astype(m.dtype) for name, m in sums.items()
+        name: jnp.sum(made[name].reshape(b, how.splits, d), axis=1).astype(m.dtype) for name, m in sums.items()
     }
     optional = (gradients.get("dshift"), made.get("dx"), gradients.get("dgate"))
     return made["dresidual"], gradients["dscale"], *optional
 
 
-def _call(kernel, given, results, scratch, cut: Blocks, device, operations: int) -> dict[str, jax.Array]:
+def _call(kernel, given, results, scratch, how: Cut, device, operations: int) -> dict[str, jax.Array]:
     """`kernel` over all blocks, on the arrays that are there and into the results, by name.
 
     operations: on each element of `[B, T, D]`.
     """
+    d = given["scale"].shape[-1]
+    modulations = ("scale", "shift", "gate")
     given = {name: array for name, array in given.items() if array is not None}
-    given |= {name: array[:, None] for name, array in given.items() if array.ndim == 2}
-    rows, d = cut.rows, given["scale"].shape[-1]
+    given |= {name: given[name].reshape(-1, how.group, d) for name in modulations if name in given}
 
     def spec(name: str) -> pl.BlockSpec:
         if name == "rstd":
-            return pl.BlockSpec((cut.examples, 1, rows), lambda p, s: (cut.index(p, s)[0], 0, cut.index(p, s)[1]))
-        if name in ("scale", "shift", "gate"):
-            return pl.BlockSpec((cut.examples, 1, d), lambda p, s: (cut.index(p, s)[0], 0, 0))
+            return pl.BlockSpec(
+                (how.examples, 1, how.rows), lambda *place: (how.index(*place)[0], 0, how.index(*place)[1])
+            )
+        if name in modulations:
+            return pl.BlockSpec((1, how.group, d), lambda part, *_: (part // how.splits, 0, 0))
         if name in ("dscale", "dshift", "dgate"):
-            return pl.BlockSpec((cut.examples, 1, d), lambda p, s: (p, 0, 0))
-        return pl.BlockSpec((cut.examples, rows, d), lambda p, s: (*cut.index(p, s), 0))
+            return pl.BlockSpec((1, how.group, d), lambda part, *_: (part, 0, 0))
+        return pl.BlockSpec((how.examples, how.rows, d), lambda *place: (*how.index(*place), 0))
 
-    scratch = {"column": pltpu.VMEM((rows, 1), jnp.float32), **scratch}
+    scratch = {"column": pltpu.VMEM((how.rows, 1), jnp.float32), **scratch}
+    scratch |= {f"wide_{name}": pltpu.VMEM((how.group, d), jnp.float32) for name in modulations if name in given}
     arrays = [*given.values(), *results.values()]
-    elements = cut.b * cut.t * d
+    elements = how.b * how.t * d
     made = launch(
-        partial(kernel, names=(*given, *results, *scratch), cut=cut),
+        partial(kernel, names=(*given, *results, *scratch), how=how),
         list(given.values()),
         list(results.values()),
-        name=f"ada_rms_norm{kernel.__name__ if kernel is _backward else '_forward'}",
+        name="ada_rms_norm_forward" if "normed" in results else "ada_rms_norm_backward",
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0,
-            grid=(cut.b // cut.examples * cut.splits, cut.steps),
+            grid=how.grid,
             in_specs=[spec(name) for name in given],
             out_specs=[spec(name) for name in results],
             scratch_shapes=list(scratch.values()),
         ),
-        parallel=(True, False),
-        cost=(operations * elements, sum(array.size * array.dtype.itemsize for array in arrays), cut.b * cut.t),
+        parallel=(True, False, False),
+        cost=(operations * elements, sum(array.size * array.dtype.itemsize for array in arrays), how.b * how.t),
     )
     return dict(zip(results, made, strict=True))
