@@ -169,12 +169,20 @@ def test_vmap(vectors):
     agree(lambda f: jax.value_and_grad(lambda x: jnp.sum(jax.vmap(f, axes)(x))), several)
 
 
-def test_remat_and_scan():
-    def scanned(f):
-        step = jax.checkpoint(lambda total, x: (total + f(x | {"x": x["x"] + 1e-3 * total}), None))
-        return jax.value_and_grad(lambda given: jax.lax.scan(step, jnp.ones(()), given)[0])
+def scanned(f, *, remat: bool):
+    def step(total, x):
+        return total + f(x | {"x": x["x"] + 1e-3 * total}), None
 
-    agree(scanned, jax.tree.map(lambda x: jnp.stack([x, x + 1]), inputs("scale")))
+    step = jax.checkpoint(step) if remat else step
+    return jax.value_and_grad(lambda given: jax.lax.scan(step, jnp.ones(()), given)[0])
+
+
+def twice(given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda x: jnp.stack([x, x + 1]), given)
+
+
+def test_scan():
+    agree(partial(scanned, remat=False), twice(inputs("scale")))
 
 
 def test_shard_map():
@@ -200,19 +208,20 @@ def test_cases(case):
 # For TPUs that are not there.
 
 
-def on(chip: jax.Device):
-    """As if the program were traced for that chip."""
-    described = AbstractDevice(device_kind=chip.device_kind, num_cores=1, platform="tpu")
+def on(kind: str):
+    """As if the program were traced for that TPU."""
+    described = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
 
 
-def test_none_takes_the_kernel_on_a_tpu_and_still_runs_on_a_cpu():
-    given = inputs("scale")
-    described = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described)):
-        traced = jax.jit(jax.value_and_grad(partial(loss, implementation=None))).trace(given)
+@pytest.mark.parametrize("remat", [False, True])
+def test_none_takes_the_kernel_on_a_tpu_and_still_runs_on_a_cpu(remat):
+    """With rematerialisation, too, which the interpreter's callbacks do not go through."""
+    given = twice(inputs("scale"))
+    with on("TPU v5 lite"):
+        traced = jax.jit(scanned(partial(loss, implementation=None), remat=remat)).trace(given)
     assert "ada_rms_norm_backward" in str(traced.jaxpr) and "platform_index" in str(traced.jaxpr)
-    exact = jax.value_and_grad(partial(loss, implementation="reference"))(given)
+    exact = scanned(partial(loss, implementation="reference"), remat=False)(given)
     assert max(jax.tree.leaves(jax.tree.map(error, traced.lower().compile()(given), exact))) <= TOLERANCE
 
 
@@ -236,7 +245,7 @@ def test_compiles_for_a_tpu(generation, case, dtype):
     sharding = SingleDeviceSharding(chip)
     shapes = jax.eval_shape(lambda: case.inputs(dtype=dtype))
     given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in shapes.items()}
-    with on(chip):
+    with on(chip.device_kind):
         traced = jax.jit(jax.grad(partial(loss, implementation="mosaic_tpu"))).trace(given)
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert "ada_rms_norm_forward" in text and "ada_rms_norm_backward" in text
