@@ -50,7 +50,8 @@ def launch(
     """`kernel` over the grid of a `pltpu.PrefetchScalarGridSpec` → results. Profiles show it as `name`.
 
     parallel: of each axis of the grid, whether its programs may run in any order.
-    cost: floating-point operations, bytes from and to HBM and transcendental functions of one call, for XLA's scheduler.
+    cost: floating-point operations, bytes from and to HBM, and transcendental functions of one call, for XLA's
+        scheduler.
     vmem_limit_bytes: VMEM that the kernel may use; None for the compiler's default.
     """
     from jax.experimental import pallas as pl
