@@ -1,9 +1,31 @@
-"""draft"""
+"""Interval-masked attention in Pallas, for TPUs v5e, v5p and v6e.
 
-import functools
-from collections.abc import Sequence
+Why, in bytes (derived): for the prefix of 32 examples of Pi0 the logits of one layer are 0.68 GB in float32, and XLA
+writes and reads them, and their half-precision probabilities, in main memory. Here they stay on chip: 0.24 GB are read
+and written in all.
+
+The G = N/K query heads that share a key/value head are packed into rows: row r of key/value head h is query token
+r // G, head h * G + r % G. With one key/value head that is a view of q. Logits are held transposed, keys × rows: what a
+row has one of (its interval, maximum, sum) then lies along lanes, and a row's maximum is taken over whole registers.
+
+Up to `Tile.single` keys are one block, which stays in VMEM for all rows of an example, and the softmax is a plain one.
+More keys come in blocks, and the softmax runs online in base 2 (Dao 2023, https://arxiv.org/abs/2307.08691). The blocks
+that a tile of rows may see are known before the kernel starts (prefetched scalars): the others are neither loaded nor
+computed, and those that every row sees whole are not masked.
+
+The backward pass is one kernel of five products. A TPU's programs run one after another, so dk and dv are summed in
+VMEM over the rows of an example and key/value head, and results are the same from run to run.
+
+Numerics: products accumulate in float32 (those of float32 arrays are exact to float32); the weights are rounded to v's
+dtype before they multiply v (before they are normalised, where the reference rounds after), and the logits' gradients
+before they multiply q and k.
+
+Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,60 +42,108 @@ MASKED = -1e30  # a logit that is not seen
 FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 LANES = 128
-VMEM = 64 * 2**20
+VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
 
 
 @dataclass(frozen=True)
 class Tile:
+    """Rows of one tile, keys of one block, and up to how many keys are one block whatever `keys` says."""
+
     rows: int
     keys: int
+    single: int
 
 
 @dataclass(frozen=True)
 class TuningConfig:
+    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel."""
+
     forward: Tile
     few_rows: Tile
     backward: Tile
 
 
-def tuning(generation, head_dim):
-    return TuningConfig(Tile(512, 1024), Tile(512, 256), Tile(512, 1024))
+TUNING: dict[str, TuningConfig] = {
+    "v5e": TuningConfig(Tile(512, 512, 1024), Tile(512, 256, 0), Tile(512, 512, 1024)),
+    "v5p": TuningConfig(Tile(512, 512, 1024), Tile(512, 256, 0), Tile(512, 512, 1024)),
+    "v6e": TuningConfig(Tile(512, 512, 1024), Tile(512, 256, 0), Tile(512, 512, 1024)),
+}
+FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
 
-def _cdiv(a, b):
-    return -(-a // b)
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is cut up. rows, keys: of one tile and block. packed: rows of one key/value head."""
+
+    rows: int
+    keys: int
+    packed: int
+    num_keys: int
+    kv_heads: int
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.packed, self.rows)
+
+    @property
+    def blocks(self) -> int:
+        return pl.cdiv(self.num_keys, self.keys)
+
+    @property
+    def padded(self) -> int:
+        return self.tiles * self.rows
+
+    def tile(self, head, tile):
+        """Where the prefetched scalars of a tile are."""
+        return lax.div(head, jnp.int32(self.kv_heads)) * self.tiles + tile
 
 
-def _dot(a, b, contract):
+def _plan(q, k, tile: Tile) -> _Plan:
+    (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
+    packed = t * n // kv_heads
+    rows = packed
+    if packed > tile.rows:  # as few rows past the end as possible
+        rows = min(range(LANES, tile.rows + 1, LANES), key=lambda size: (pl.cdiv(packed, size) * size, -size))
+    return _Plan(rows, s if s <= max(tile.single, tile.keys) else tile.keys, packed, s, kv_heads)
+
+
+def _dot(a, b, over: tuple[int, int]):
+    """The product of a and b in float32, summed over these axes."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), precision=precision,
-                           preferred_element_type=jnp.float32)
+    dimensions = ((over[:1], over[1:]), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _row_tile(rows, most):
-    if rows <= most:
-        return rows
-    sizes = range(LANES, most + 1, LANES)
-    return min(sizes, key=lambda size: (_cdiv(rows, size) * size, -size))
+def _logits(q, k, ranges, first_key, masked: bool, scale: float) -> Float[Array, "keys rows"]:
+    """In base 2."""
+    logits = _dot(k[0], q[0], (1, 1)) * (scale * LOG2_E)
+    if not masked:
+        return logits
+    key = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    return jnp.where((ranges[0, 0:1] <= key) & (key < ranges[0, 1:2]), logits, MASKED)
 
 
-def _visible(first, keys, ranges_ref):
-    key = first + lax.broadcasted_iota(jnp.int32, (keys, ranges_ref.shape[2]), 0)
-    return (ranges_ref[0, 0:1] <= key) & (key < ranges_ref[0, 1:2])
+def _clear_past_end(block, plan: _Plan, *refs) -> None:
+    """Zeros where the last block of keys has none: whatever is there would spoil sums, zero weights or not."""
+    if plan.num_keys % plan.keys:
+
+        @pl.when(block == plan.blocks - 1)
+        def _():
+            for ref in refs:
+                ref[0, plan.num_keys % plan.keys :] = jnp.zeros_like(ref[0, plan.num_keys % plan.keys :])
 
 
-def _either(condition, run):
-    """run(True) where the traced condition holds, else run(False)"""
-    pl.when(condition)(functools.partial(run, True))
-    pl.when(jnp.logical_not(condition))(functools.partial(run, False))
+def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> None:
+    """`run(masked)` if the tile sees any of the block's keys."""
+    first, last, whole_from, whole_to = (hulls[i, plan.tile(pl.program_id(0), pl.program_id(1))] for i in range(4))
+    partly = (block * plan.keys < whole_from) | (block * plan.keys + plan.keys > whole_to)
+    seen = (first <= block) & (block < last)
+    pl.when(seen & partly)(partial(run, True))
+    pl.when(seen & jnp.logical_not(partly))(partial(run, False))
 
 
-def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale, tiles, kv_heads, s):
-    blocks = pl.num_programs(2)
+def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale: float, plan: _Plan):
     block = pl.program_id(2)
-    keys = k.shape[1]
-    at = lax.div(pl.program_id(0), kv_heads) * tiles + pl.program_id(1)
-    first, last, whole_from, whole_to = (hulls[i, at] for i in range(4))
 
     @pl.when(block == 0)
     def _():
@@ -81,198 +151,226 @@ def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale,
         total[...] = jnp.zeros_like(total)
         summed[...] = jnp.zeros_like(summed)
 
-    def compute(masked):
-        logits = _dot(k[0], q[0], (1, 1)) * (scale * LOG2_E)
-        if masked:
-            logits = jnp.where(_visible(block * keys, keys, ranges), logits, MASKED)
-        new_maximum = jnp.maximum(maximum[...], jnp.max(logits, 0, keepdims=True))
+    def run(masked: bool):
+        _clear_past_end(block, plan, v)
+        logits = _logits(q, k, ranges, block * plan.keys, masked, scale)
+        new_maximum = jnp.maximum(maximum[...], jnp.max(logits, axis=0, keepdims=True))
         weights = jnp.exp2(logits - new_maximum)
-        shrink = jnp.exp2(maximum[...] - new_maximum)
-        total[...] = total[...] * shrink + jnp.sum(weights, 0, keepdims=True)
-        summed[...] = summed[...] * shrink + _dot(v[0], weights.astype(v.dtype), (0, 0))
-        maximum[...] = new_maximum
+        new_total = jnp.sum(weights, axis=0, keepdims=True)
+        new_summed = _dot(v[0], weights.astype(v.dtype), (0, 0))
+        if plan.blocks > 1:
+            shrink = jnp.exp2(maximum[...] - new_maximum)
+            new_total += total[...] * shrink
+            new_summed += summed[...] * shrink
+        maximum[...], total[...], summed[...] = new_maximum, new_total, new_summed
 
-    @pl.when((first <= block) & (block < last))
-    def _():
-        if s % keys:
-            @pl.when(block == blocks - 1)
-            def _():
-                v[0, s % keys:] = jnp.zeros_like(v[0, s % keys:])
-        _either((block * keys < whole_from) | (block * keys + keys > whole_to), compute)
+    _where_seen(hulls, plan, block, run)
 
-    @pl.when(block == blocks - 1)
+    @pl.when(block == plan.blocks - 1)
     def _():
+        # A row that sees nothing was left unmasked in blocks that the others see whole.
         sees = ranges[0, 0:1] < ranges[0, 1:2]
         whole = jnp.where(sees, total[...], 1.0)
         out[0] = jnp.where(sees, summed[...] / whole, 0.0).T.astype(out.dtype)
         lse[0] = jnp.where(sees, (maximum[...] + jnp.log2(whole)) / LOG2_E, NO_KEYS)
 
 
-def _backward(hulls, ranges, q, k, v, out, lse, dout, dq, dk, dv, dqueries, dkeys, dvalues, *, scale, tiles, kv_heads, t_rows, s):
-    block = pl.program_id(2)
-    keys = k.shape[1]
-    rows = q.shape[1]
-    at = lax.div(pl.program_id(0), kv_heads) * tiles + pl.program_id(1)
-    first, last, whole_from, whole_to = (hulls[i, at] for i in range(4))
-    begins = block == 0
-    ends = block == pl.num_programs(2) - 1
+def _backward(
+    hulls, ranges, q, k, v, out, lse, dout, dq, dk, dv, delta, dqueries, dkeys, dvalues, *, scale: float, plan: _Plan
+):
+    tile, block = pl.program_id(1), pl.program_id(2)
 
-    @pl.when(begins & (pl.program_id(1) == 0))
+    @pl.when((tile == 0) & (block == 0))
     def _():
         dkeys[...] = jnp.zeros_like(dkeys)
         dvalues[...] = jnp.zeros_like(dvalues)
 
-    @pl.when(begins)
+    if plan.packed % plan.rows:  # rows past the end are summed over, with zero weights
+
+        @pl.when((tile == plan.tiles - 1) & (block == 0))
+        def _():
+            for ref in (q, out, dout):
+                ref[0, plan.packed % plan.rows :] = jnp.zeros_like(ref[0, plan.packed % plan.rows :])
+
+    @pl.when(block == 0)
     def _():
         dqueries[...] = jnp.zeros_like(dqueries)
-        if t_rows % rows:
-            @pl.when(pl.program_id(1) == tiles - 1)
-            def _():
-                for ref in (q, out, dout):
-                    ref[0, t_rows % rows:] = jnp.zeros_like(ref[0, t_rows % rows:])
+        products = out[0].astype(jnp.float32) * dout[0].astype(jnp.float32)
+        delta[...] = jnp.sum(products.T, axis=0, keepdims=True)
 
-    def compute(masked):
-        span = pl.ds(block * keys, keys)
-        delta = jnp.sum((out[0].astype(jnp.float32) * dout[0].astype(jnp.float32)).T, 0, keepdims=True)
-        logits = _dot(k[0], q[0], (1, 1)) * (scale * LOG2_E)
-        if masked:
-            logits = jnp.where(_visible(block * keys, keys, ranges), logits, MASKED)
-        weights = jnp.exp2(logits - lse[0] * LOG2_E)
-        dvalues[span] += _dot(weights.astype(q.dtype), dout[0], (1, 0))
+    def run(masked: bool):
+        _clear_past_end(block, plan, k, v)
+        keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
+        weights = jnp.exp2(_logits(q, k, ranges, block * plan.keys, masked, scale) - lse[0] * LOG2_E)
+        dvalues[keys] += _dot(weights.astype(q.dtype), dout[0], (1, 0))
         dweights = _dot(v[0], dout[0], (1, 1))
-        dlogits = (weights * (dweights - delta)).astype(q.dtype)
-        dkeys[span] += _dot(dlogits, q[0], (1, 0))
+        dlogits = (weights * (dweights - delta[...])).astype(q.dtype)
+        dkeys[keys] += _dot(dlogits, q[0], (1, 0))
         dqueries[...] += _dot(k[0], dlogits, (0, 0))
 
-    @pl.when((first <= block) & (block < last))
-    def _():
-        if s % keys:
-            @pl.when(block == pl.num_programs(2) - 1)
-            def _():
-                for ref in (k, v):
-                    ref[0, s % keys:] = jnp.zeros_like(ref[0, s % keys:])
-        _either((block * keys < whole_from) | (block * keys + keys > whole_to), compute)
+    _where_seen(hulls, plan, block, run)
 
-    @pl.when(ends)
+    @pl.when(block == plan.blocks - 1)
     def _():
         dq[0] = (dqueries[...] * scale).T.astype(dq.dtype)
 
-    @pl.when(ends & (pl.program_id(1) == tiles - 1))
+    @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1))
     def _():
-        dk[0] = (dkeys[:s] * scale).astype(dk.dtype)
-        dv[0] = dvalues[:s].astype(dv.dtype)
+        dk[0] = (dkeys[: plan.num_keys] * scale).astype(dk.dtype)
+        dv[0] = dvalues[: plan.num_keys].astype(dv.dtype)
 
 
-def _by_head(x, kv_heads):
+def _by_head(x: Float[Array, "B L H C"], kv_heads: int) -> Float[Array, "B*K L*H/K C"]:
     b, length, heads, c = x.shape
-    group = heads // kv_heads
-    if kv_heads > 1:
-        x = jnp.moveaxis(x.reshape(b, length, kv_heads, group, c), 2, 1)
-    return x.reshape(b * kv_heads, length * group, c)
+    x = x.reshape(b, length, kv_heads, heads // kv_heads, c)
+    return jnp.moveaxis(x, 2, 1).reshape(b * kv_heads, -1, c)
 
 
-def _by_token(x, shape):
-    """the inverse, C may lack"""
-    b, length, heads, kv_heads = shape
-    group = heads // kv_heads
-    rest = x.shape[2:]
-    if kv_heads > 1:
-        x = jnp.moveaxis(x.reshape(b, kv_heads, length, group, *rest), 1, 2)
-    return x.reshape(b, length, heads, *rest)
+def _by_token(x: Float[Array, "B*K L*H/K C"], shape: tuple[int, ...], kv_heads: int) -> Float[Array, "B L H C"]:
+    b, length, heads, c = shape
+    x = x.reshape(b, kv_heads, length, heads // kv_heads, c)
+    return jnp.moveaxis(x, 1, 2).reshape(shape)
 
 
-def _pad_rows(x, size, value):
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])], constant_values=value)
+def _intervals(key_start, key_end, plan: _Plan) -> Int[Array, "B 2 rows"]:
+    """The keys that each row sees, cut to those that exist; rows past the end see none."""
+    bounds = jnp.stack([jnp.maximum(key_start, 0), jnp.minimum(key_end, plan.num_keys)], axis=1)
+    rows = jnp.repeat(bounds, plan.packed // key_start.shape[1], axis=2)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.padded - plan.packed)))
 
 
-def _ranges(key_start, key_end, group, s, padded):
-    start = _pad_rows(jnp.repeat(jnp.maximum(key_start, 0), group, 1), padded, 0)
-    end = _pad_rows(jnp.repeat(jnp.minimum(key_end, s), group, 1), padded, 0)
-    return jnp.stack([start, end], 1)
-
-
-def _hulls(ranges, rows, keys, s):
-    start, end = jnp.moveaxis(ranges.reshape(ranges.shape[0], 2, -1, rows), 1, 0)
+def _hulls(ranges: Int[Array, "B 2 rows"], plan: _Plan) -> Int[Array, "4 B*tiles"]:
+    """Of each tile the first block and the last (exclusive), and between which keys rows that see any see all."""
+    start, end = jnp.moveaxis(ranges.reshape(ranges.shape[0], 2, plan.tiles, plan.rows), 1, 0)
     sees = start < end
-    last = _cdiv(jnp.max(jnp.where(sees, end, 0), -1), keys)
-    first = jnp.minimum(jnp.min(jnp.where(sees, start, s), -1) // keys, last)
+    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), -1), plan.keys)
+    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), -1) // plan.keys, last)
     whole_from = jnp.max(jnp.where(sees, start, 0), -1)
-    whole_to = jnp.min(jnp.where(sees, end, s), -1)
-    return jnp.stack([x.reshape(-1) for x in (first, last, whole_from, whole_to)])
+    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), -1)
+    return jnp.stack([bound.reshape(-1) for bound in (first, last, whole_from, whole_to)])
 
 
-def _specs(kv_heads, rows, keys, tiles, c):
-    def key_block(h, i, j, hulls):
-        at = lax.div(h, kv_heads) * tiles + i
-        return h, lax.max(hulls[0, at], lax.min(j, hulls[1, at] - 1)), 0
-    ranges = pl.BlockSpec((1, 2, rows), lambda h, i, j, hulls: (lax.div(h, kv_heads), 0, i))
-    of_rows = pl.BlockSpec((1, rows, c), lambda h, i, j, hulls: (h, i, 0))
-    of_keys = pl.BlockSpec((1, keys, c), key_block)
-    lse = pl.BlockSpec((1, 1, rows), lambda h, i, j, hulls: (h, 0, i))
-    return ranges, of_rows, of_keys, lse
+def _specs(plan: _Plan, c: int) -> tuple[pl.BlockSpec, ...]:
+    """Blocks of ranges, of rows, of keys (one that is repeated is not loaded again), of what each row has one of."""
+
+    def key_block(head, tile, block, hulls):
+        at = plan.tile(head, tile)
+        return head, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
+
+    return (
+        pl.BlockSpec((1, 2, plan.rows), lambda head, tile, *_: (lax.div(head, jnp.int32(plan.kv_heads)), 0, tile)),
+        pl.BlockSpec((1, plan.rows, c), lambda head, tile, *_: (head, tile, 0)),
+        pl.BlockSpec((1, plan.keys, c), key_block),
+        pl.BlockSpec((1, 1, plan.rows), lambda head, tile, *_: (head, 0, tile)),
+    )
 
 
-def forward(q, k, v, key_start, key_end, *, scale, device, config=None):
-    (b, t, n, c), (s, kv_heads) = q.shape, k.shape[1:3]
-    group = n // kv_heads
-    chosen = config or tuning(generation(device), c)
-    tile = chosen.forward
-    if t * group <= tile.rows:
-        tile = chosen.few_rows
-    rows = _row_tile(t * group, tile.rows)
-    keys = min(s, tile.keys)
-    tiles, blocks = _cdiv(t * group, rows), _cdiv(s, keys)
-    ranges = _ranges(key_start, key_end, group, s, tiles * rows)
-    of_ranges, of_rows, of_keys, of_lse = _specs(kv_heads, rows, keys, tiles, c)
+def _cost(q, k, products: int, passes: int) -> tuple[int, int, int]:
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    return 2 * products * pairs * q.shape[3], passes * (q.size + k.size) * q.dtype.itemsize, pairs
+
+
+def tuning(device: _dispatch.Device) -> TuningConfig:
+    """The tiles for a TPU; the interpreter takes those of the newest."""
+    return TUNING[generation(device) or "v6e"]
+
+
+def forward(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    *,
+    scale: float,
+    device: _dispatch.Device,
+    config: TuningConfig | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+    """The attended values, and the logsumexp of each row's logits."""
+    b, t, n, c = q.shape
+    chosen = config or tuning(device)
+    few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
+    plan = _plan(q, k, chosen.few_rows if few else chosen.forward)
+    ranges = _intervals(key_start, key_end, plan)
+    of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
+    heads = b * plan.kv_heads
     out, lse = launch(
-        functools.partial(_forward, scale=scale, tiles=tiles, kv_heads=kv_heads, s=s),
-        [_hulls(ranges, rows, keys, s), ranges, _by_head(q, kv_heads), _by_head(k, kv_heads), _by_head(v, kv_heads)],
-        [jax.ShapeDtypeStruct((b * kv_heads, t * group, c), q.dtype), jax.ShapeDtypeStruct((b * kv_heads, 1, tiles * rows), jnp.float32)],
+        partial(_forward, scale=scale, plan=plan),
+        [_hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
+        [
+            jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
+            jax.ShapeDtypeStruct((heads, 1, plan.padded), jnp.float32),
+        ],
         name="prefix_lm_attention_forward",
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b * kv_heads, tiles, blocks),
+            grid=(heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys],
             out_specs=[of_rows, of_lse],
-            scratch_shapes=[pltpu.VMEM((1, rows), jnp.float32), pltpu.VMEM((1, rows), jnp.float32), pltpu.VMEM((c, rows), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c)],
         ),
         parallel=(True, True, False),
-        cost=(4 * b * n * t * s * c, 2 * (q.size + k.size) * q.dtype.itemsize, b * n * t * s),
-        vmem_limit_bytes=VMEM,
+        cost=_cost(q, k, products=2, passes=2),
+        vmem_limit_bytes=VMEM_BYTES,
     )
-    shape = (b, t, n, kv_heads)
-    return _by_token(out, shape), _by_token(lse[:, 0, : t * group], shape)
+    lse = lse[:, 0, : plan.packed, None]
+    return _by_token(out, q.shape, plan.kv_heads), _by_token(lse, (b, t, n, 1), plan.kv_heads)[..., 0]
 
 
-def backward(q, k, v, key_start, key_end, out, lse, dout, *, scale, device, config=None):
-    (b, t, n, c), (s, kv_heads) = q.shape, k.shape[1:3]
-    group = n // kv_heads
-    chosen = config or tuning(generation(device), c)
-    tile = chosen.backward
-    rows = _row_tile(t * group, tile.rows)
-    keys = min(s, tile.keys)
-    tiles, blocks = _cdiv(t * group, rows), _cdiv(s, keys)
-    ranges = _ranges(key_start, key_end, group, s, tiles * rows)
-    of_ranges, of_rows, of_keys, of_lse = _specs(kv_heads, rows, keys, tiles, c)
-    whole = pl.BlockSpec((1, s, c), lambda h, i, j, hulls: (h, 0, 0))
-    by_head = functools.partial(_by_head, kv_heads=kv_heads)
-    lse = _pad_rows(by_head(lse[..., None])[:, None, :, 0], tiles * rows, NO_KEYS)
+def backward(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    out: Float[Array, "B T N C"],
+    lse: Float[Array, "B T N"],
+    dout: Float[Array, "B T N C"],
+    *,
+    scale: float,
+    device: _dispatch.Device,
+    config: TuningConfig | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+    """Gradients of q, k and v."""
+    b, c = q.shape[0], q.shape[3]
+    plan = _plan(q, k, (config or tuning(device)).backward)
+    ranges = _intervals(key_start, key_end, plan)
+    of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
+    of_whole = pl.BlockSpec((1, plan.num_keys, c), lambda head, *_: (head, 0, 0))
+    by_head = partial(_by_head, kv_heads=plan.kv_heads)
+    padding = (0, 0), (0, 0), (0, plan.padded - plan.packed)
+    lse = jnp.pad(by_head(lse[..., None])[:, None, :, 0], padding, constant_values=NO_KEYS)
+    heads = b * plan.kv_heads
+    sums = [(1, plan.rows), (c, plan.rows), *2 * [(plan.blocks * plan.keys, c)]]
     dq, dk, dv = launch(
-        functools.partial(_backward, scale=scale, tiles=tiles, kv_heads=kv_heads, t_rows=t * group, s=s),
-        [_hulls(ranges, rows, keys, s), ranges, by_head(q), by_head(k), by_head(v), by_head(out), lse, by_head(dout.astype(q.dtype))],
-        [jax.ShapeDtypeStruct((b * kv_heads, t * group, c), q.dtype), *2 * [jax.ShapeDtypeStruct((b * kv_heads, s, c), k.dtype)]],
+        partial(_backward, scale=scale, plan=plan),
+        [
+            _hulls(ranges, plan),
+            ranges,
+            *map(by_head, (q, k, v, out)),
+            lse,
+            by_head(dout.astype(q.dtype)),
+        ],
+        [
+            jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
+            *2 * [jax.ShapeDtypeStruct((heads, plan.num_keys, c), k.dtype)],
+        ],
         name="prefix_lm_attention_backward",
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(b * kv_heads, tiles, blocks),
+            grid=(heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys, of_rows, of_lse, of_rows],
-            out_specs=[of_rows, whole, whole],
-            scratch_shapes=[pltpu.VMEM((c, rows), jnp.float32), *2 * [pltpu.VMEM((blocks * keys, c), jnp.float32)]],
+            out_specs=[of_rows, of_whole, of_whole],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
         ),
         parallel=(True, False, False),
-        cost=(10 * b * n * t * s * c, 4 * (q.size + k.size) * q.dtype.itemsize, b * n * t * s),
-        vmem_limit_bytes=VMEM,
+        cost=_cost(q, k, products=5, passes=4),
+        vmem_limit_bytes=VMEM_BYTES,
     )
-    return _by_token(dq, (b, t, n, kv_heads)), _by_token(dk, (b, s, kv_heads, kv_heads)), _by_token(dv, (b, s, kv_heads, kv_heads))
+    return (
+        _by_token(dq, q.shape, plan.kv_heads),
+        _by_token(dk, k.shape, plan.kv_heads),
+        _by_token(dv, v.shape, plan.kv_heads),
+    )
