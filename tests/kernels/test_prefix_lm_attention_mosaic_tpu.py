@@ -21,7 +21,7 @@ from tests.kernels.tpu_interpreter import race_free
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
-SMALL = TuningConfig(*3 * [Tile(128, 32, 0)])
+SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128)])
 
 
 class Shape(NamedTuple):
@@ -210,15 +210,15 @@ def test_vmap():
     same(lambda f: jax.jit(jax.vmap(gradients(f), axes)), jnp.stack([q, q + 1]), k, v, *random_ranges(PUBLIC))
 
 
-def test_remat_and_scan():
+def test_scan():
+    """Without `jax.checkpoint`, which the interpreter's effects do not go through."""
     q, k, v, _ = arrays(PUBLIC)
     start, end = random_ranges(PUBLIC)
 
     def scanned(f):
         def run(q, k, v):
-            policy = jax.checkpoint_policies.save_only_these_names(*ATTENTION_RESIDUALS)
-            step = jax.checkpoint(lambda total, x: (total + f(x * total, k, v, start, end), None), policy=policy)
-            return jax.lax.scan(step, jnp.ones(()), jnp.stack([q, q + 1]))[0]
+            queries = jnp.stack([q, q + 1])
+            return jax.lax.scan(lambda x, y: (x + f(x * y, k, v, start, end), None), jnp.ones(()), queries)[0]
 
         return jax.jit(gradients(run))
 
@@ -304,11 +304,13 @@ def test_compiles(name, generation):
 
 
 @pytest.mark.slow
-def test_compiles_inside_shard_map():
+def test_compiles_inside_shard_map_and_checkpoint():
     """The interpreter has not been tried on several devices: here the compiler has eight."""
     mesh = Mesh(np.array(targets.devices("v5e:2x4")), ("data",), axis_types=(AxisType.Auto,))
     data = PartitionSpec("data")
-    losses = jax.shard_map(lambda *x: loss("mosaic_tpu", *x)[None], mesh=mesh, in_specs=(data,) * 5, out_specs=data)
+    policy = jax.checkpoint_policies.save_only_these_names(*ATTENTION_RESIDUALS)
+    remat = jax.checkpoint(partial(loss, "mosaic_tpu"), policy=policy)
+    losses = jax.shard_map(lambda *x: remat(*x)[None], mesh=mesh, in_specs=(data,) * 5, out_specs=data)
     array = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.NamedSharding(mesh, data))
     q, k = array((16, 51, 8, 256), jnp.bfloat16), array((16, 867, 1, 256), jnp.bfloat16)
     bound = array((16, 51), jnp.int32)

@@ -136,8 +136,8 @@ def _too_many_keys(q: Float[Array, "B T N C"], num_keys: int) -> str | None:
     if num_keys <= most:
         return None
     return (
-        f"it takes up to {most} keys of head dimension {q.shape[-1]} in {q.dtype}, not {num_keys}; attend to fewer keys, "
-        "or pass implementation='reference'"
+        f"it takes up to {most} keys of head dimension {q.shape[-1]} in {q.dtype}, not {num_keys}; attend to fewer "
+        "keys, or pass implementation='reference'"
     )
 
 

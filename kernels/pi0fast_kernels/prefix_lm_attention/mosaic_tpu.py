@@ -23,7 +23,7 @@ before they multiply q and k.
 Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,11 +47,17 @@ VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of one tile, keys of one block, and up to how many keys are one block whatever `keys` says."""
+    """How the work is cut up.
+
+    rows: of one tile. keys: of one block. single: up to how many keys are one block whatever `keys` says.
+    part: how many rows are multiplied at once; the logits of a part are computed before the softmax of the one before
+        it, so that the compiler can overlap the two.
+    """
 
     rows: int
     keys: int
     single: int
+    part: int
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,9 @@ class TuningConfig:
 
 
 TUNING: dict[str, TuningConfig] = {
-    "v5e": TuningConfig(Tile(512, 512, 1024), Tile(512, 256, 0), Tile(512, 512, 1024)),
-    "v5p": TuningConfig(Tile(512, 512, 1024), Tile(512, 256, 0), Tile(512, 512, 1024)),
-    "v6e": TuningConfig(Tile(512, 512, 1024), Tile(512, 256, 0), Tile(512, 512, 1024)),
+    "v5e": TuningConfig(Tile(512, 512, 1024, 512), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512)),
+    "v5p": TuningConfig(Tile(512, 512, 1024, 512), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512)),
+    "v6e": TuningConfig(Tile(512, 512, 1024, 512), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512)),
 }
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
@@ -80,6 +86,11 @@ class _Plan:
     packed: int
     num_keys: int
     kv_heads: int
+    part: int
+
+    @property
+    def parts(self) -> list[slice]:
+        return [slice(first, min(first + self.part, self.rows)) for first in range(0, self.rows, self.part)]
 
     @property
     def tiles(self) -> int:
@@ -104,7 +115,7 @@ def _plan(q, k, tile: Tile) -> _Plan:
     rows = packed
     if packed > tile.rows:  # as few rows past the end as possible
         rows = min(range(LANES, tile.rows + 1, LANES), key=lambda size: (pl.cdiv(packed, size) * size, -size))
-    return _Plan(rows, s if s <= max(tile.single, tile.keys) else tile.keys, packed, s, kv_heads)
+    return _Plan(rows, s if s <= max(tile.single, tile.keys) else tile.keys, packed, s, kv_heads, tile.part)
 
 
 def _dot(a, b, over: tuple[int, int]):
@@ -114,13 +125,23 @@ def _dot(a, b, over: tuple[int, int]):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _logits(q, k, ranges, first_key, masked: bool, scale: float) -> Float[Array, "keys rows"]:
+def _logits(q, k, ranges, rows: slice, first_key, masked: bool, scale: float) -> Float[Array, "keys rows"]:
     """In base 2."""
-    logits = _dot(k[0], q[0], (1, 1)) * (scale * LOG2_E)
+    logits = _dot(k[0], q[0, rows], (1, 1)) * (scale * LOG2_E)
     if not masked:
         return logits
     key = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-    return jnp.where((ranges[0, 0:1] <= key) & (key < ranges[0, 1:2]), logits, MASKED)
+    return jnp.where((ranges[0, 0:1, rows] <= key) & (key < ranges[0, 1:2, rows]), logits, MASKED)
+
+
+def _one_ahead(parts: list[slice], compute: Callable[[slice], jax.Array]) -> Iterator[tuple[slice, jax.Array]]:
+    """Each part and what is computed of it; the next part's is computed before a part is handed out."""
+    ahead = compute(parts[0])
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        computed = ahead
+        if following is not None:
+            ahead = compute(following)
+        yield part, computed
 
 
 def _clear_past_end(block, plan: _Plan, *refs) -> None:
@@ -153,16 +174,17 @@ def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale:
 
     def run(masked: bool):
         _clear_past_end(block, plan, v)
-        logits = _logits(q, k, ranges, block * plan.keys, masked, scale)
-        new_maximum = jnp.maximum(maximum[...], jnp.max(logits, axis=0, keepdims=True))
-        weights = jnp.exp2(logits - new_maximum)
-        new_total = jnp.sum(weights, axis=0, keepdims=True)
-        new_summed = _dot(v[0], weights.astype(v.dtype), (0, 0))
-        if plan.blocks > 1:
-            shrink = jnp.exp2(maximum[...] - new_maximum)
-            new_total += total[...] * shrink
-            new_summed += summed[...] * shrink
-        maximum[...], total[...], summed[...] = new_maximum, new_total, new_summed
+        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
+        for rows, logits in _one_ahead(plan.parts, compute):
+            new_maximum = jnp.maximum(maximum[:, rows], jnp.max(logits, axis=0, keepdims=True))
+            weights = jnp.exp2(logits - new_maximum)
+            new_total = jnp.sum(weights, axis=0, keepdims=True)
+            new_summed = _dot(v[0], weights.astype(v.dtype), (0, 0))
+            if plan.blocks > 1:
+                shrink = jnp.exp2(maximum[:, rows] - new_maximum)
+                new_total += total[:, rows] * shrink
+                new_summed += summed[:, rows] * shrink
+            maximum[:, rows], total[:, rows], summed[:, rows] = new_maximum, new_total, new_summed
 
     _where_seen(hulls, plan, block, run)
 
@@ -201,12 +223,14 @@ def _backward(
     def run(masked: bool):
         _clear_past_end(block, plan, k, v)
         keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
-        weights = jnp.exp2(_logits(q, k, ranges, block * plan.keys, masked, scale) - lse[0] * LOG2_E)
-        dvalues[keys] += _dot(weights.astype(q.dtype), dout[0], (1, 0))
-        dweights = _dot(v[0], dout[0], (1, 1))
-        dlogits = (weights * (dweights - delta[...])).astype(q.dtype)
-        dkeys[keys] += _dot(dlogits, q[0], (1, 0))
-        dqueries[...] += _dot(k[0], dlogits, (0, 0))
+        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
+        for rows, logits in _one_ahead(plan.parts, compute):
+            weights = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
+            dvalues[keys] += _dot(weights.astype(q.dtype), dout[0, rows], (1, 0))
+            dweights = _dot(v[0], dout[0, rows], (1, 1))
+            dlogits = (weights * (dweights - delta[:, rows])).astype(q.dtype)
+            dkeys[keys] += _dot(dlogits, q[0, rows], (1, 0))
+            dqueries[:, rows] += _dot(k[0], dlogits, (0, 0))
 
     _where_seen(hulls, plan, block, run)
 
