@@ -69,7 +69,7 @@ class TuningConfig:
     backward: Tile
 
 
-# Compared by the compiler's bundles at Pi0's prefix and suffix: parts of 128, 256 and all rows of a tile, on v5e and v6e;
+# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e: parts of 256 and of all rows of a tile;
 # v5p has v5e's units and takes its tiles. Nothing here has been timed on a TPU.
 V5 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512))
 V6 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 256))
