@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -276,6 +277,17 @@ def test_what_it_refuses(num_keys, dtype, message):
 # Compiled by libtpu.
 
 
+@pytest.fixture
+def uncached():
+    """A program for a TPU that is not there cannot be loaded from the compilation cache."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
 def compiled(name: str, generation: str, backward: bool, dtype=jnp.bfloat16) -> str:
     """The optimised program of one direction of a case."""
     case = next(case for case in cases.CASES if case.name == name)
@@ -296,7 +308,7 @@ def compiled(name: str, generation: str, backward: bool, dtype=jnp.bfloat16) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", KINDS)
 @pytest.mark.parametrize("name", [case.name for case in cases.CASES])
-def test_compiles(name, generation):
+def test_compiles(uncached, name, generation):
     """An overflow of VMEM would be an error; with one key/value head q and its gradient are not copied."""
     for backward in (False, True):
         program = compiled(name, generation, backward)
@@ -308,7 +320,7 @@ def test_compiles(name, generation):
 
 
 @pytest.mark.slow
-def test_compiles_inside_shard_map_and_checkpoint():
+def test_compiles_inside_shard_map_and_checkpoint(uncached):
     """The interpreter has not been tried on several devices: here the compiler has eight."""
     mesh = Mesh(np.array(targets.devices("v5e:2x4")), ("data",), axis_types=(AxisType.Auto,))
     data = PartitionSpec("data")
