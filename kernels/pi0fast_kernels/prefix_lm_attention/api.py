@@ -123,10 +123,22 @@ def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int
     return {
         "reference": None,
         "triton": shape or _triton.reason(device, q.dtype),
-        "mosaic_tpu": shape or _mosaic_tpu.reason(device, q.dtype),
+        "mosaic_tpu": shape or _mosaic_tpu.reason(device, q.dtype) or _too_many_keys(q, num_keys),
         "xla": None,
         "cudnn": jax_nn.cudnn_reason(device, q),
     }
+
+
+def _too_many_keys(q: Float[Array, "B T N C"], num_keys: int) -> str | None:
+    """The TPU's backward kernel holds dk and dv of one head in VMEM: float32 sums, and two buffers of the results."""
+    lanes = -(-q.shape[-1] // 128) * 128
+    most = 40 * 2**20 // (2 * lanes * (4 + 2 * q.dtype.itemsize))
+    if num_keys <= most:
+        return None
+    return (
+        f"it takes up to {most} keys of head dimension {q.shape[-1]} in {q.dtype}, not {num_keys}; attend to fewer "
+        "keys, or pass implementation='reference'"
+    )
 
 
 def _validate(q, k, v, key_start, key_end) -> None:

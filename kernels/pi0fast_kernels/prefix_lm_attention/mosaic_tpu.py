@@ -1,0 +1,400 @@
+"""Interval-masked attention in Pallas, for TPUs v5e, v5p and v6e.
+
+Why, in bytes (derived): for the prefix of 32 examples of Pi0 the logits of one layer are 0.68 GB in float32, and XLA
+writes and reads them, and their half-precision probabilities, in main memory. Here they stay on chip: 0.24 GB are read
+and written in all.
+
+The G = N/K query heads that share a key/value head are packed into rows: row r of key/value head h is query token
+r // G, head h * G + r % G. With one key/value head that is a view of q. Logits are held transposed, keys × rows: what a
+row has one of (its interval, maximum, sum) then lies along lanes, and a row's maximum is taken over whole registers.
+
+Up to `Tile.single` keys are one block, which stays in VMEM for all rows of an example, and the softmax is a plain one.
+More keys come in blocks, and the softmax runs online in base 2 (Dao 2023, https://arxiv.org/abs/2307.08691). The blocks
+that a tile of rows may see are known before the kernel starts (prefetched scalars): the others are neither loaded nor
+computed, and those that every row sees whole are not masked.
+
+The backward pass is one kernel of five products. A TPU's programs run one after another, so dk and dv are summed in
+VMEM over the rows of an example and key/value head, and results are the same from run to run.
+
+Numerics: products accumulate in float32 (those of float32 arrays are exact to float32); the weights are rounded to v's
+dtype before they multiply v (before they are normalised, where the reference rounds after), and the logits' gradients
+before they multiply q and k.
+
+Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pi0fast_kernels import _dispatch
+from pi0fast_kernels._mosaic_tpu import generation, launch
+
+LOG2_E = 1.4426950408889634
+MASKED = -1e30  # a logit that is not seen
+FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
+NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
+LANES = 128
+VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut up.
+
+    rows: of one tile. keys: of one block. single: up to how many keys are one block whatever `keys` says.
+    part: how many rows are multiplied at once; the logits of a part are computed before the softmax of the one before
+        it, so that the compiler can overlap the two.
+    """
+
+    rows: int
+    keys: int
+    single: int
+    part: int
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel."""
+
+    forward: Tile
+    few_rows: Tile
+    backward: Tile
+
+
+# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e: parts of 256 and of all rows of a tile;
+# v5p has v5e's units and takes its tiles. Nothing here has been timed on a TPU.
+V5 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512))
+V6 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 256))
+TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
+FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is cut up. rows, keys: of one tile and block. packed: rows of one key/value head."""
+
+    rows: int
+    keys: int
+    packed: int
+    num_keys: int
+    kv_heads: int
+    part: int
+
+    @property
+    def parts(self) -> list[slice]:
+        return [slice(first, min(first + self.part, self.rows)) for first in range(0, self.rows, self.part)]
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.packed, self.rows)
+
+    @property
+    def blocks(self) -> int:
+        return pl.cdiv(self.num_keys, self.keys)
+
+    @property
+    def padded(self) -> int:
+        return self.tiles * self.rows
+
+    def tile(self, head, tile):
+        """Where the prefetched scalars of a tile are."""
+        return lax.div(head, jnp.int32(self.kv_heads)) * self.tiles + tile
+
+
+def _plan(q, k, tile: Tile) -> _Plan:
+    (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
+    packed = t * n // kv_heads
+    rows = packed
+    if packed > tile.rows:  # as few rows past the end as possible
+        rows = min(range(LANES, tile.rows + 1, LANES), key=lambda size: (pl.cdiv(packed, size) * size, -size))
+    return _Plan(rows, s if s <= max(tile.single, tile.keys) else tile.keys, packed, s, kv_heads, tile.part)
+
+
+def _dot(a, b, over: tuple[int, int]):
+    """The product of a and b in float32, summed over these axes."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = ((over[:1], over[1:]), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _logits(q, k, ranges, rows: slice, first_key, masked: bool, scale: float) -> Float[Array, "keys rows"]:
+    """In base 2."""
+    logits = _dot(k[0], q[0, rows], (1, 1)) * (scale * LOG2_E)
+    if not masked:
+        return logits
+    key = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    return jnp.where((ranges[0, 0:1, rows] <= key) & (key < ranges[0, 1:2, rows]), logits, MASKED)
+
+
+def _one_ahead(parts: list[slice], compute: Callable[[slice], jax.Array]) -> Iterator[tuple[slice, jax.Array]]:
+    """Each part and what is computed of it; the next part's is computed before a part is handed out."""
+    ahead = compute(parts[0])
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        computed = ahead
+        if following is not None:
+            ahead = compute(following)
+        yield part, computed
+
+
+def _clear_past_end(block, plan: _Plan, *refs) -> None:
+    """Zeros where the last block of keys has none: whatever is there would spoil sums, zero weights or not."""
+    if plan.num_keys % plan.keys:
+
+        @pl.when(block == plan.blocks - 1)
+        def _():
+            for ref in refs:
+                ref[0, plan.num_keys % plan.keys :] = jnp.zeros_like(ref[0, plan.num_keys % plan.keys :])
+
+
+def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> None:
+    """`run(masked)` if the tile sees any of the block's keys."""
+    first, last, whole_from, whole_to = (hulls[i, plan.tile(pl.program_id(0), pl.program_id(1))] for i in range(4))
+    partly = (block * plan.keys < whole_from) | (block * plan.keys + plan.keys > whole_to)
+    seen = (first <= block) & (block < last)
+    pl.when(seen & partly)(partial(run, True))
+    pl.when(seen & jnp.logical_not(partly))(partial(run, False))
+
+
+def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale: float, plan: _Plan):
+    block = pl.program_id(2)
+
+    @pl.when(block == 0)
+    def _():
+        maximum[...] = jnp.full_like(maximum, FLOOR)
+        total[...] = jnp.zeros_like(total)
+        summed[...] = jnp.zeros_like(summed)
+
+    def run(masked: bool):
+        _clear_past_end(block, plan, v)
+        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
+        for rows, logits in _one_ahead(plan.parts, compute):
+            new_maximum = jnp.maximum(maximum[:, rows], jnp.max(logits, axis=0, keepdims=True))
+            weights = jnp.exp2(logits - new_maximum)
+            new_total = jnp.sum(weights, axis=0, keepdims=True)
+            new_summed = _dot(v[0], weights.astype(v.dtype), (0, 0))
+            if plan.blocks > 1:
+                shrink = jnp.exp2(maximum[:, rows] - new_maximum)
+                new_total += total[:, rows] * shrink
+                new_summed += summed[:, rows] * shrink
+            maximum[:, rows], total[:, rows], summed[:, rows] = new_maximum, new_total, new_summed
+
+    _where_seen(hulls, plan, block, run)
+
+    @pl.when(block == plan.blocks - 1)
+    def _():
+        # A row that sees nothing was left unmasked in blocks that the others see whole.
+        sees = ranges[0, 0:1] < ranges[0, 1:2]
+        whole = jnp.where(sees, total[...], 1.0)
+        out[0] = jnp.where(sees, summed[...] / whole, 0.0).T.astype(out.dtype)
+        lse[0] = jnp.where(sees, (maximum[...] + jnp.log2(whole)) / LOG2_E, NO_KEYS)
+
+
+def _backward(
+    hulls, ranges, q, k, v, out, lse, dout, dq, dk, dv, delta, dqueries, dkeys, dvalues, *, scale: float, plan: _Plan
+):
+    tile, block = pl.program_id(1), pl.program_id(2)
+
+    @pl.when((tile == 0) & (block == 0))
+    def _():
+        dkeys[...] = jnp.zeros_like(dkeys)
+        dvalues[...] = jnp.zeros_like(dvalues)
+
+    if plan.packed % plan.rows:  # rows past the end are summed over, with zero weights
+
+        @pl.when((tile == plan.tiles - 1) & (block == 0))
+        def _():
+            for ref in (q, out, dout):
+                ref[0, plan.packed % plan.rows :] = jnp.zeros_like(ref[0, plan.packed % plan.rows :])
+
+    @pl.when(block == 0)
+    def _():
+        dqueries[...] = jnp.zeros_like(dqueries)
+        products = out[0].astype(jnp.float32) * dout[0].astype(jnp.float32)
+        delta[...] = jnp.sum(products.T, axis=0, keepdims=True)
+
+    def run(masked: bool):
+        _clear_past_end(block, plan, k, v)
+        keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
+        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
+        for rows, logits in _one_ahead(plan.parts, compute):
+            weights = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
+            dvalues[keys] += _dot(weights.astype(q.dtype), dout[0, rows], (1, 0))
+            dweights = _dot(v[0], dout[0, rows], (1, 1))
+            dlogits = (weights * (dweights - delta[:, rows])).astype(q.dtype)
+            dkeys[keys] += _dot(dlogits, q[0, rows], (1, 0))
+            dqueries[:, rows] += _dot(k[0], dlogits, (0, 0))
+
+    _where_seen(hulls, plan, block, run)
+
+    @pl.when(block == plan.blocks - 1)
+    def _():
+        dq[0] = (dqueries[...] * scale).T.astype(dq.dtype)
+
+    @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1))
+    def _():
+        dk[0] = (dkeys[: plan.num_keys] * scale).astype(dk.dtype)
+        dv[0] = dvalues[: plan.num_keys].astype(dv.dtype)
+
+
+def _by_head(x: Float[Array, "B L H C"], kv_heads: int) -> Float[Array, "B*K L*H/K C"]:
+    b, length, heads, c = x.shape
+    x = x.reshape(b, length, kv_heads, heads // kv_heads, c)
+    return jnp.moveaxis(x, 2, 1).reshape(b * kv_heads, -1, c)
+
+
+def _by_token(x: Float[Array, "B*K L*H/K C"], shape: tuple[int, ...], kv_heads: int) -> Float[Array, "B L H C"]:
+    b, length, heads, c = shape
+    x = x.reshape(b, kv_heads, length, heads // kv_heads, c)
+    return jnp.moveaxis(x, 1, 2).reshape(shape)
+
+
+def _intervals(key_start, key_end, plan: _Plan) -> Int[Array, "B 2 rows"]:
+    """The keys that each row sees, cut to those that exist; rows past the end see none."""
+    bounds = jnp.stack([jnp.maximum(key_start, 0), jnp.minimum(key_end, plan.num_keys)], axis=1)
+    rows = jnp.repeat(bounds, plan.packed // key_start.shape[1], axis=2)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.padded - plan.packed)))
+
+
+def _hulls(ranges: Int[Array, "B 2 rows"], plan: _Plan) -> Int[Array, "4 B*tiles"]:
+    """Of each tile the first block and the last (exclusive), and between which keys rows that see any see all."""
+    start, end = jnp.moveaxis(ranges.reshape(ranges.shape[0], 2, plan.tiles, plan.rows), 1, 0)
+    sees = start < end
+    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), -1), plan.keys)
+    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), -1) // plan.keys, last)
+    whole_from = jnp.max(jnp.where(sees, start, 0), -1)
+    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), -1)
+    return jnp.stack([bound.reshape(-1) for bound in (first, last, whole_from, whole_to)])
+
+
+def _specs(plan: _Plan, c: int) -> tuple[pl.BlockSpec, ...]:
+    """Blocks of ranges, of rows, of keys (one that is repeated is not loaded again), of what each row has one of."""
+
+    def key_block(head, tile, block, hulls):
+        at = plan.tile(head, tile)
+        return head, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
+
+    return (
+        pl.BlockSpec((1, 2, plan.rows), lambda head, tile, *_: (lax.div(head, jnp.int32(plan.kv_heads)), 0, tile)),
+        pl.BlockSpec((1, plan.rows, c), lambda head, tile, *_: (head, tile, 0)),
+        pl.BlockSpec((1, plan.keys, c), key_block),
+        pl.BlockSpec((1, 1, plan.rows), lambda head, tile, *_: (head, 0, tile)),
+    )
+
+
+def _cost(q, k, products: int, passes: int) -> tuple[int, int, int]:
+    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    return 2 * products * pairs * q.shape[3], passes * (q.size + k.size) * q.dtype.itemsize, pairs
+
+
+def tuning(device: _dispatch.Device) -> TuningConfig:
+    """The tiles for a TPU; the interpreter takes those of the newest."""
+    return TUNING[generation(device) or "v6e"]
+
+
+def forward(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    *,
+    scale: float,
+    device: _dispatch.Device,
+    config: TuningConfig | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
+    """The attended values, and the logsumexp of each row's logits."""
+    b, t, n, c = q.shape
+    chosen = config or tuning(device)
+    few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
+    plan = _plan(q, k, chosen.few_rows if few else chosen.forward)
+    ranges = _intervals(key_start, key_end, plan)
+    of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
+    heads = b * plan.kv_heads
+    out, lse = launch(
+        partial(_forward, scale=scale, plan=plan),
+        [_hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
+        [
+            jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
+            jax.ShapeDtypeStruct((heads, 1, plan.padded), jnp.float32),
+        ],
+        name="prefix_lm_attention_forward",
+        device=device,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(heads, plan.tiles, plan.blocks),
+            in_specs=[of_ranges, of_rows, of_keys, of_keys],
+            out_specs=[of_rows, of_lse],
+            scratch_shapes=[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c)],
+        ),
+        parallel=(True, True, False),
+        cost=_cost(q, k, products=2, passes=2),
+        vmem_limit_bytes=VMEM_BYTES,
+    )
+    lse = lse[:, 0, : plan.packed, None]
+    return _by_token(out, q.shape, plan.kv_heads), _by_token(lse, (b, t, n, 1), plan.kv_heads)[..., 0]
+
+
+def backward(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    out: Float[Array, "B T N C"],
+    lse: Float[Array, "B T N"],
+    dout: Float[Array, "B T N C"],
+    *,
+    scale: float,
+    device: _dispatch.Device,
+    config: TuningConfig | None = None,
+) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+    """Gradients of q, k and v."""
+    b, c = q.shape[0], q.shape[3]
+    plan = _plan(q, k, (config or tuning(device)).backward)
+    ranges = _intervals(key_start, key_end, plan)
+    of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
+    of_whole = pl.BlockSpec((1, plan.num_keys, c), lambda head, *_: (head, 0, 0))
+    by_head = partial(_by_head, kv_heads=plan.kv_heads)
+    padding = (0, 0), (0, 0), (0, plan.padded - plan.packed)
+    lse = jnp.pad(by_head(lse[..., None])[:, None, :, 0], padding, constant_values=NO_KEYS)
+    heads = b * plan.kv_heads
+    sums = [(1, plan.rows), (c, plan.rows), *2 * [(plan.blocks * plan.keys, c)]]
+    dq, dk, dv = launch(
+        partial(_backward, scale=scale, plan=plan),
+        [
+            _hulls(ranges, plan),
+            ranges,
+            *map(by_head, (q, k, v, out)),
+            lse,
+            by_head(dout.astype(q.dtype)),
+        ],
+        [
+            jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
+            *2 * [jax.ShapeDtypeStruct((heads, plan.num_keys, c), k.dtype)],
+        ],
+        name="prefix_lm_attention_backward",
+        device=device,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(heads, plan.tiles, plan.blocks),
+            in_specs=[of_ranges, of_rows, of_keys, of_keys, of_rows, of_lse, of_rows],
+            out_specs=[of_rows, of_whole, of_whole],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+        ),
+        parallel=(True, False, False),
+        cost=_cost(q, k, products=5, passes=4),
+        vmem_limit_bytes=VMEM_BYTES,
+    )
+    return (
+        _by_token(dq, q.shape, plan.kv_heads),
+        _by_token(dk, k.shape, plan.kv_heads),
+        _by_token(dv, v.shape, plan.kv_heads),
+    )
