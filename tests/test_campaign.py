@@ -71,7 +71,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, monkeypatch, arguments, messag
         campaign.main(["--dry-run", *([] if "--out" in arguments[0] else [f"--out={tmp_path / 'out'}"]), *arguments])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_campaign_leaves_nothing_running(tmp_path, section):
     """By a real signal: the section, and what it started, end with it."""
     out = tmp_path / "out"

@@ -151,7 +151,7 @@ def test_damaged_arrays_are_named_and_the_checkpoint_before_is_offered(run, item
         restore(run, 400)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_but_the_message_is_printed(tmp_path, monkeypatch, caplog):
     """The reads under way when one fails are ended; what a collector finds of them would be a page of stderr each."""
     storage.save_arrays(tmp_path / "arrays", {f"a/{i}": jnp.arange(30_000.0) + i for i in range(400)})
@@ -283,6 +283,7 @@ def test_a_full_disk_is_a_clear_message_and_costs_one_save(own_mounts, tmp_path)
     assert message.strip().endswith("The checkpoints of steps 1 are kept; make room there, then go on with --resume")
 
 
+@pytest.mark.slow
 def test_openpis_weights_go_straight_to_shards(tmp_path):
     """Each byte is read once, the host holds little beside the weights, a device its eighth.
 

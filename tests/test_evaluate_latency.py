@@ -92,7 +92,7 @@ def test_paired_statistics():
     np.testing.assert_allclose(late.paired_rates(before, before), (0, -0.0196, 0.0196))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_program_plays_both_ways_and_keeps_every_episode(tmp_path):
     """An untrained policy; the same again gives the same."""
     size = config.pi0_tiny()

@@ -17,7 +17,7 @@ def run(module, *arguments, cwd, cache):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_first_run_learns_the_demo(tmp_path):
     start = time.monotonic()

@@ -107,7 +107,7 @@ def trainers_step(size: Pi0Config, settings: Settings) -> tuple[Any, float]:
 EXPERT = "siglip,embedding,vlm"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @RELEASED
 @pytest.mark.parametrize(("freeze", "flow_samples"), [("", 1), ("", 4), (EXPERT, 1)])
 def test_the_trainers_step(preset, freeze, flow_samples):
@@ -165,6 +165,7 @@ def test_the_loss(preset):
     assert products_of(lowered) == BATCH * flops.forward(size, CAMERAS, size.max_token_len).total
 
 
+@pytest.mark.long
 @RELEASED
 def test_stages_of_inference(preset):
     size, batch = config.PRESETS[preset](), 2

@@ -64,7 +64,7 @@ def single(case):
     ("spec", "remat"),
     [
         ("fsdp:8", "none"),
-        ("data:2,fsdp:4", "mlp"),
+        pytest.param("data:2,fsdp:4", "mlp", marks=pytest.mark.long),
         pytest.param("fsdp:8", "full", marks=pytest.mark.long),
     ],
 )
@@ -87,6 +87,7 @@ def wide_model():
     return dataclasses.replace(tiny, vlm=vlm, action_expert=action, vocab_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", *(pytest.param(name, marks=pytest.mark.long) for name in ("mlp", "full"))])
 def test_gathered_weights_are_not_kept(remat):
     """Temporaries stay far below the weights, which a backward pass over kept gathered weights would need."""

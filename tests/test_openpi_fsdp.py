@@ -39,7 +39,7 @@ def test_placement(shape, expected):
     assert openpi_fsdp.partition(array, meshes.make(MESH)) == PartitionSpec(*expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_losses_are_ours(monkeypatch):
     """Three steps of one model on one mesh; every matrix is sharded, as in a large model."""
     monkeypatch.setattr(openpi_fsdp, "MIN_BYTES", 0)

@@ -128,6 +128,7 @@ def test_further_draws_are_others_and_leave_the_first():
     assert len(np.unique(more_t)) == len(np.unique(more_noise[:, 0, 0])) == 24
 
 
+@pytest.mark.slow
 def test_draws_behind_one_prefix_are_as_many_passes(case):
     """Four of each example: losses, and the gradient of their mean."""
     model, actions, draws = case.model(), case.inputs["actions"], 4
@@ -195,8 +196,8 @@ def test_order_of_the_solvers(solver, order):
     np.testing.assert_allclose(np.log2(ratio), order, atol=0.15)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", [pytest.param("pi0_base", marks=pytest.mark.long), "pi05_base"])
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["pi0_base", "pi05_base"])
 def test_full_size_forward_pass_in_bfloat16(preset):
     """One example with three cameras; the weights are bfloat16, so that model and activations fit 24 GB."""
     size = config.PRESETS[preset]()

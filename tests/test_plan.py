@@ -131,7 +131,7 @@ def test_bisection(first, capacity):
     assert len(searched) == len(set(searched)) < 12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_largest_batch_fits_and_one_more_does_not(small_device):
     settings = dataclasses.replace(TINY, mesh="fsdp:2", batch_size=4)
     mesh = meshes.make("fsdp:2")

@@ -343,6 +343,7 @@ def run_benchmarks(path, selected, *options):
     return results.read(path)
 
 
+@pytest.mark.slow
 def test_a_slowed_kernel_is_caught(tmp_path):
     """Two real runs of one case, the reference slowed in the second, XLA's attention as it was."""
     (tmp_path / "slowed_reference.py").write_text(SLOWED)

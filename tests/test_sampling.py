@@ -64,6 +64,7 @@ def test_cached_and_uncached_sampling_agree(case, solver):
     assert_close(ours, x)
 
 
+@pytest.mark.long
 def test_prompt_buckets_agree(case, sampler):
     longest = case.config.max_token_len
     expected = sample(sampler, with_prompt(case, longest, 5), case.inputs["noise"])

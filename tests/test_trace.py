@@ -35,6 +35,7 @@ def told(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_stages(settings, capsys):
     found = told(train.train("pi0_tiny", settings) / "profile")
     assert (found["program"], found["device"], found["devices"], found["calls"]) == ("jit_step", "cpu", 1, 2)
@@ -53,6 +54,7 @@ def test_a_run_tells_its_stages(settings, capsys):
     assert "Share: of the operations' time" in printed and "The peaks of 'cpu' are not known" in printed
 
 
+@pytest.mark.long
 def test_a_signal_keeps_what_was_traced(settings, monkeypatch, capsys):
     check_finite = train.check_finite
 

@@ -102,7 +102,7 @@ def test_resumed_run_is_bit_equal(settings):
         np.testing.assert_array_equal(resumed[path], array, err_msg=path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on_exactly(settings):
     run = train.train("pi0_tiny", settings)
     curve, expected = losses(run), final_weights(run)
@@ -128,6 +128,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on_exactly(settin
     gc.collect()  # the reads that orbax left unfinished, which Python warns of
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restores_onto_another_mesh(settings):
     run = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
     resumed = train.train("pi0_tiny", dataclasses.replace(settings, mesh="fsdp:8", resume=True))
@@ -136,6 +137,7 @@ def test_a_checkpoint_restores_onto_another_mesh(settings):
     np.testing.assert_allclose(losses(run), losses(whole), rtol=2e-5)
 
 
+@pytest.mark.long
 def test_frozen_weights_do_not_change_and_cost_nothing(settings):
     frozen = dataclasses.replace(settings, freeze="siglip,vlm,embedding", steps=2)
     mesh = meshes.make("fsdp:1")
@@ -172,7 +174,7 @@ def test_prompts_are_computed_as_long_as_the_data_needs(settings):
         train.open_data(changed(settings, "input", prompt_len=4), model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mask_padding_leaves_repeated_actions_out(settings):
     masked = changed(dataclasses.replace(settings, steps=1), "loss", mask_padding=True)
     other = dataclasses.replace(settings, steps=1, out=settings.out.with_name("plain"))
@@ -191,7 +193,7 @@ def test_what_the_loss_is_the_mean_over():
             LossSettings(dim_weights=weights)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_loss_weighs_dimensions(settings):
     """The demo's actions and the model's both have two."""
     one = dataclasses.replace(settings, steps=1)
@@ -216,6 +218,7 @@ def test_weights_of_another_run_are_the_start(settings):
         init_from.plan(str(first), dataclasses.replace(MINI, vocab_size=600))
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_the_run(settings):
     wild = changed(settings, "optim", peak_lr=1e30, clip_norm=1e30, warmup_steps=1)
     with pytest.raises(train.NonFiniteLossError, match=r"step \d+: loss .*samples \[.*batch indices \[.*--resume"):
@@ -290,7 +293,7 @@ def finish(process):
     return output.decode()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed_run_is_bit_equal(trainer, tmp_path):
     flags = ("--steps=40", "--output.save-every=7")
     finish(trainer("whole", *flags))
@@ -326,7 +329,7 @@ def test_a_signal_saves_and_exits(trainer, tmp_path, number):
     assert "Loss curve" in finish(trainer("run", f"--steps={step + 2}", "--resume"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_half_a_checkpoint_is_not_picked_up(trainer, tmp_path):
     finish(trainer("run", "--steps=4", "--output.save-every=2"))
     newest = tmp_path / "run" / "checkpoints" / "4"
@@ -338,7 +341,7 @@ def test_half_a_checkpoint_is_not_picked_up(trainer, tmp_path):
     assert [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()] and not cut_off.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_in_a_message_and_a_run_that_goes_on(own_mounts, trainer, tmp_path):
     """A small file system of the trainer's own: the first checkpoint fits, the second does not; then there is room."""
     finish(trainer("probe", "--steps=1"))

@@ -145,7 +145,7 @@ def test_the_gradient_of_key_biases_is_rounding(trajectory):
 @pytest.mark.parametrize(
     ("spec", "changes"),
     [
-        ("fsdp:8", {"reduce_dtype": "bfloat16"}),
+        pytest.param("fsdp:8", {"reduce_dtype": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param("data:2,fsdp:4", {"accum": 2}, marks=pytest.mark.long),
     ],
 )

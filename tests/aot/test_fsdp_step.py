@@ -19,7 +19,6 @@ from pi0fast.params import flatten
 from pi0fast.settings import DEFAULTS
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(1500),
     pytest.mark.skipif(
         find_spec("jax_cuda13_plugin") is None or find_spec("libtpu") is None, reason="needs `uv sync --group aot`"
@@ -27,8 +26,10 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parent.parent.parent
-TARGETS = ("h100:8", "v5e:2x4", "v5p:2x2x2", "v6e:2x4")
-SIDE_BY_SIDE = 2
+TARGETS = [
+    pytest.param("v6e:2x4", marks=pytest.mark.slow),
+    *(pytest.param(target, marks=pytest.mark.long) for target in ("h100:8", "v5e:2x4", "v5p:2x2x2")),
+]
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,15 @@ class Step:
         return [(times, x) for times, x in found if x.kind == kind]
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> dict[str, Step]:
-    """Compiled in processes of their own: the planner's."""
-    folder = tmp_path_factory.mktemp("steps")
+@pytest.fixture(params=TARGETS, scope="module")
+def step(request, tmp_path_factory) -> Step:
+    """Compiled in a process of its own: the planner's."""
+    program = tmp_path_factory.mktemp("step") / "program"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    waiting, running, found = list(TARGETS), {}, {}
-    while waiting or running:
-        while waiting and len(running) < SIDE_BY_SIDE:
-            target = waiting.pop(0)
-            command = [sys.executable, "-m", "pi0fast.plan", "pi0_base", f"--target={target}", "--json"]
-            program = folder / target.replace(":", "_")
-            running[target] = (
-                program,
-                subprocess.Popen(
-                    [*command, f"--hlo={program}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-                ),
-            )
-        target = next(iter(running))
-        path, process = running.pop(target)
-        made, _ = process.communicate()
-        assert process.returncode == 0, target
-        found[target] = _read(json.loads(made), path.read_text())
-    return found
+    command = [sys.executable, "-m", "pi0fast.plan", "pi0_base", f"--target={request.param}", "--json"]
+    made = subprocess.run([*command, f"--hlo={program}"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return _read(json.loads(made.stdout), program.read_text())
 
 
 def _read(plan: dict, text: str) -> Step:
@@ -81,11 +68,6 @@ def _read(plan: dict, text: str) -> Step:
         if body in program.bodies
     ]
     return Step(plan, text, hlo.collectives(program, program.entry), loops)
-
-
-@pytest.fixture(params=TARGETS)
-def step(request, steps) -> Step:
-    return steps[request.param]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from pi0fast import config
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(300),
     pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs `uv sync --group aot`"),
 ]

@@ -27,14 +27,14 @@ EXECUTIONS = {
 # Of Triton, whose interpreter takes a minute, Pi0.5 alone: it launches every kernel that Pi0 does.
 RUNS = [
     ("pi0_tiny", "plain"),
-    ("pi0_tiny", "not_compacted"),
     ("pi05_tiny", "plain"),
+    pytest.param(("pi0_tiny", "not_compacted"), marks=pytest.mark.slow),
     ("pi05_tiny", "remat_mlp"),
     pytest.param(("pi0_tiny", "remat_mlp"), marks=pytest.mark.long),
     pytest.param(("pi0_tiny", "remat_full"), marks=pytest.mark.long),
     pytest.param(("pi05_tiny", "not_compacted"), marks=pytest.mark.long),
     pytest.param(("pi05_tiny", "remat_full"), marks=pytest.mark.long),
-    pytest.param(("pi05_tiny", "triton"), marks=pytest.mark.slow),
+    pytest.param(("pi05_tiny", "triton"), marks=pytest.mark.long),
 ]
 
 

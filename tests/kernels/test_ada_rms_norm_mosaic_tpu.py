@@ -108,7 +108,7 @@ def test_results_are_the_same_from_run_to_run():
         np.testing.assert_array_equal(first[name], second[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(problems(largest=40))
 def test_random_problems(problem):
@@ -234,8 +234,13 @@ def test_what_a_tpu_kernel_cannot_run():
 WIDEST = Case("widest", 32, 816, 4096, residual=True, adaptive=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(jnp.bfloat16, marks=pytest.mark.slow, id="bf16"),
+        pytest.param(jnp.float32, marks=pytest.mark.long, id="f32"),
+    ],
+)
 @pytest.mark.parametrize("case", [*CASES, WIDEST], ids=lambda case: case.name)
 @pytest.mark.parametrize("generation", CHIPS)
 def test_compiles_for_a_tpu(generation, case, dtype):

@@ -305,9 +305,14 @@ def compiled(name: str, generation: str, backward: bool, dtype=jnp.bfloat16) -> 
     return str(lowered.compile().as_text())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", KINDS)
-@pytest.mark.parametrize("name", [case.name for case in cases.CASES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(case.name, marks=pytest.mark.slow if case.name.startswith("pi0_") else pytest.mark.long)
+        for case in cases.CASES
+    ],
+)
 def test_compiles(uncached, name, generation):
     """An overflow of VMEM would be an error; with one key/value head q and its gradient are not copied."""
     for backward in (False, True):

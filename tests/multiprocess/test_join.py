@@ -116,6 +116,7 @@ def test_a_global_batch_is_that_of_one_process(start):
         ]
 
 
+@pytest.mark.long
 def test_a_process_that_never_comes_is_named_as_the_cause(start):
     group = start(2, "-c", EARLY)
     group.processes[0].kill()

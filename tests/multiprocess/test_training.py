@@ -116,7 +116,7 @@ def test_twenty_steps_agree(trainer, alone, tmp_path, trajectories, count, mesh)
         assert_agree(tmp_path / "several", single, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_saves_the_same_step_in_all(trainer, alone, tmp_path):
     group = trainer(2, "run", "--mesh=fsdp:2", "--steps=100000", "--batch-size=8", *SCHEDULE)
     group.wait_for_step(tmp_path / "run", 3)
@@ -152,7 +152,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
     assert_agree(tmp_path / "run", alone("whole", mesh="fsdp:1", steps=step), step)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_that_vanish_from_one_process_end_all(trainer, alone, demo_dataset, tmp_path):
     """Each process has a copy of its own; only process 1's goes away."""
     for index in range(2):
@@ -215,7 +215,7 @@ def test_openpis_weights_start_several_processes(trainer, alone, tmp_path):
             np.testing.assert_array_equal(kept[path], array, err_msg=path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_by_four_restores_bit_equal_elsewhere(trainer, start, demo_dataset, tmp_path):
     """What the trainer has after restoring on 1 × 8, 4 × 2 and 1 × 1 devices is what 2 × 4 wrote."""
     flags = ("--mesh=fsdp:8", "--steps=2", "--batch-size=8", "--optim.mu-dtype=bfloat16", *SCHEDULE)
