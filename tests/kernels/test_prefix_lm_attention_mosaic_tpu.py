@@ -118,7 +118,8 @@ def test_bfloat16(shape, config):
     start, end = causal_ranges(shape)
     inputs = arrays(shape)
     q, k, v, dout = (x.astype(jnp.bfloat16) for x in inputs)
-    exact = expected(*(x.astype(jnp.float32) for x in (q, k, v)), start, end, dout.astype(jnp.float32))
+    wide_q, wide_k, wide_v, wide_dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
+    exact = expected(wide_q, wide_k, wide_v, start, end, wide_dout)
     ours, theirs = kernels(q, k, v, start, end, dout, config), expected(q, k, v, start, end, dout)
     for name, actual, half, target in zip(("out", "lse", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
         if name == "lse":
@@ -135,8 +136,8 @@ def test_blocks_that_no_query_of_a_tile_sees_are_not_touched():
     start = jnp.full((1, 40), 32, jnp.int32)
     end = jnp.full((1, 40), 64, jnp.int32)
     seen = (jnp.arange(96) >= 32) & (jnp.arange(96) < 64)
-    poisoned = [jnp.where(seen[:, None, None], x, jnp.nan) for x in (k, v)]
-    actual = kernels(q, *poisoned, start, end, dout, SMALL)
+    poisoned_k, poisoned_v = (jnp.where(seen[:, None, None], x, jnp.nan) for x in (k, v))
+    actual = kernels(q, poisoned_k, poisoned_v, start, end, dout, SMALL)
     agree(actual, expected(q, k, v, start, end, dout), start, end, shape)
 
 

@@ -21,7 +21,7 @@ def race_free() -> Iterator[None]:
         records.append(interpreter_record(*args, **options))
         return records[-1]
 
-    interpreter_record = interpreter.RaceDetectionState
+    interpreter_record = interpreter.RaceDetectionState  # pyright: ignore[reportPrivateImportUsage]
     with mock.patch.object(interpreter, "RaceDetectionState", record):
         yield
     assert records, "no kernel ran in the interpreter"

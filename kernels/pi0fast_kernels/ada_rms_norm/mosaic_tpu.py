@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -320,7 +321,7 @@ def _call(kernel, given, results, scratch, how: Cut, device, operations: int) ->
     elements = how.b * how.t * d
     specs = [spec(name) for name in (*given, *results)]
     pairs = zip(specs, arrays, strict=True)
-    vmem = 2 * sum(math.prod(block.block_shape) * array.dtype.itemsize for block, array in pairs)
+    vmem = 2 * sum(math.prod(cast(tuple[int, ...], block.block_shape)) * array.dtype.itemsize for block, array in pairs)
     vmem += sum(math.prod(kept.shape[:-1]) * max(kept.shape[-1], LANES) * 4 for kept in scratch.values())
     made = launch(
         partial(kernel, names=(*given, *results, *scratch), how=how),
