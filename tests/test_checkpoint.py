@@ -268,7 +268,7 @@ def test_a_config_that_does_not_read_is_named(tmp_path):
 # ── Real processes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_a_save_the_checkpoint_before_restores(tmp_path):
     """Ten kills at random moments of a save; what each leaves is restored and compared."""
     cut_off = int(output(child("kills", tmp_path / "run", 10, 64)).removeprefix("cut off"))
@@ -283,7 +283,7 @@ def test_a_full_disk_is_a_clear_message_and_costs_one_save(own_mounts, tmp_path)
     assert message.strip().endswith("The checkpoints of steps 1 are kept; make room there, then go on with --resume")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_openpis_weights_go_straight_to_shards(tmp_path):
     """Each byte is read once, the host holds little beside the weights, a device its eighth.
 

@@ -28,7 +28,7 @@ def test_mean_and_standard_error_by_hand():
     assert mean == 4 and error == pytest.approx(np.sqrt(20 / 3) / 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_variance_of_a_batch_falls_with_the_number_of_draws():
     model = Pi0(MINI, rngs=nnx.Rngs(0))
     pool = jax.tree.map(jnp.asarray, next(batches(MINI, 16)))

@@ -87,8 +87,8 @@ def wide_model():
     return dataclasses.replace(tiny, vlm=vlm, action_expert=action, vocab_size=16)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", *(pytest.param(name, marks=pytest.mark.long) for name in ("mlp", "full"))])
+@pytest.mark.long
+@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
 def test_gathered_weights_are_not_kept(remat):
     """Temporaries stay far below the weights, which a backward pass over kept gathered weights would need."""
     size = wide_model()

@@ -28,7 +28,7 @@ def step_of(settings: Settings, spec: str):
     return trace, state, frozen, mesh
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_said_is_what_the_arrays_and_the_program_take(monkeypatch):
     monkeypatch.setattr(flops, "DEVICES", (flops.DeviceSpec("cpu", 1e12, 1e11, 1e9),))
     trace, state, frozen, mesh = step_of(EXPERT, "fsdp:2")

@@ -128,7 +128,7 @@ def test_further_draws_are_others_and_leave_the_first():
     assert len(np.unique(more_t)) == len(np.unique(more_noise[:, 0, 0])) == 24
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_draws_behind_one_prefix_are_as_many_passes(case):
     """Four of each example: losses, and the gradient of their mean."""
     model, actions, draws = case.model(), case.inputs["actions"], 4

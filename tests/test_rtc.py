@@ -263,7 +263,7 @@ def asking():
     return {**observation, "rtc/previous_actions": np.float32(left), "rtc/delay": 2}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_actions_are_the_guided_samples_in_the_robots_units(untrained, policy, asking):
     model, transform = untrained
     cameras = {f"image.{camera}": asking[key] for camera, key in DEMO.cameras.items()}

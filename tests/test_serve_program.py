@@ -72,7 +72,7 @@ def test_a_key_from_the_environment_and_a_drain_by_sigterm(run):
         assert program.process.wait(60) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(run, number):
     with Program("--checkpoint", run, env=ENV) as program, raw_client(program.port):  # it answers no farewell

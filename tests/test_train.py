@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on_exactly(settin
     gc.collect()  # the reads that orbax left unfinished, which Python warns of
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_restores_onto_another_mesh(settings):
     run = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
     resumed = train.train("pi0_tiny", dataclasses.replace(settings, mesh="fsdp:8", resume=True))

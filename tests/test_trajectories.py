@@ -124,7 +124,7 @@ def arrays_agree(found, expected, bound):
         ("data:2,fsdp:4", {"accum": 2}),
         pytest.param("data:2,fsdp:4", {"remat": "mlp"}, marks=pytest.mark.long),
         pytest.param("data:8", {}, marks=pytest.mark.long),
-        pytest.param("fsdp:1", {"accum": 2}, marks=pytest.mark.slow),
+        pytest.param("fsdp:1", {"accum": 2}, marks=pytest.mark.long),
     ],
 )
 def test_float32_runs_agree_to_rounding(trajectory, spec, changes):
@@ -145,7 +145,7 @@ def test_the_gradient_of_key_biases_is_rounding(trajectory):
 @pytest.mark.parametrize(
     ("spec", "changes"),
     [
-        pytest.param("fsdp:8", {"reduce_dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param("fsdp:8", {"reduce_dtype": "bfloat16"}, marks=pytest.mark.long),
         pytest.param("data:2,fsdp:4", {"accum": 2}, marks=pytest.mark.long),
     ],
 )

@@ -195,7 +195,7 @@ def test_each_sample_counts_once_and_what_is_masked_never(settings):
     assert_same(found, written_out(settings, model))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_meshes_agree(settings):
     assert_same(evaluate(settings, "data:2,fsdp:4", WIDE)[0], evaluate(settings, "fsdp:1", WIDE)[0])
 
@@ -203,7 +203,7 @@ def test_meshes_agree(settings):
 # ── In the trainer ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_resumed_run_evaluates_the_weights_that_inference_uses(settings, capsys):
     begun = train.train("pi0_tiny", dataclasses.replace(settings, steps=3))
     first = lines(begun)
@@ -235,7 +235,7 @@ def test_evaluations_come_when_asked_and_leave_training_as_it_is(settings):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_checkpoint_is_kept_and_can_be_chosen(settings):
     """A learning rate that spoils the model after its third step, over a resume."""
     wild = dataclasses.replace(

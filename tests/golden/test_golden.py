@@ -28,7 +28,7 @@ EXECUTIONS = {
 RUNS = [
     ("pi0_tiny", "plain"),
     ("pi05_tiny", "plain"),
-    pytest.param(("pi0_tiny", "not_compacted"), marks=pytest.mark.slow),
+    pytest.param(("pi0_tiny", "not_compacted"), marks=pytest.mark.long),
     ("pi05_tiny", "remat_mlp"),
     pytest.param(("pi0_tiny", "remat_mlp"), marks=pytest.mark.long),
     pytest.param(("pi0_tiny", "remat_full"), marks=pytest.mark.long),

@@ -185,7 +185,7 @@ def problems(largest: int):
     return st.tuples(st.sampled_from(sorted(VARIANTS)), shapes, st.integers(0, 99))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(problems(largest=20))
 def test_random_problems(problem):

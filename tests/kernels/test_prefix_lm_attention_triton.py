@@ -178,7 +178,7 @@ def check_problem(problem) -> None:
     check(triton, shape, *RANGES[ranges](shape, seed), seed=seed, splits=min(splits, blocks))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(problems(largest=24))
 def test_random_problems(problem):

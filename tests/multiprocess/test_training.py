@@ -130,8 +130,8 @@ def test_a_signal_to_one_saves_the_same_step_in_all(trainer, alone, tmp_path):
     assert_agree(tmp_path / "run", whole, step + 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("victim", "count"), [pytest.param(0, 1, marks=pytest.mark.long), (1, 4)])
+@pytest.mark.long
+@pytest.mark.parametrize(("victim", "count"), [(0, 1), (1, 4)])
 def test_a_killed_process_ends_the_others_and_the_run_resumes_on_another_number(
     trainer, alone, tmp_path, victim, count
 ):
