@@ -28,7 +28,7 @@ from flax import nnx
 
 from bench import ceilings, results, timing, training
 from bench.provenance import provenance
-from pi0fast import Observation, Pi0, checkpoint, config, flow, train
+from pi0fast import Observation, Pi0, checkpoint, config, flow, training_data
 from pi0fast.checkpoint import RunConfig
 from pi0fast.params import replace
 from pi0fast.settings import DEFAULTS
@@ -85,7 +85,7 @@ def variance(out: Path, run: Path, data: str, batch: int, pairs: int) -> None:
     step = checkpoint.newest_checkpoint(run)
     abstract = nnx.eval_shape(lambda: Pi0(saved.model, rngs=nnx.Rngs(0)))
     model = replace(abstract, checkpoint.load_item(step, "params"))
-    loader, *_ = train.open_data(settings, saved.model)
+    loader = training_data.open_data(settings, saved.model).loader
     pool = jax.tree.map(jnp.asarray, {name: x for name, x in next(loader).items() if name != "index"})
     loader.close()
     found: dict[str, Any] = {**provenance(), "step": int(step.name), "batch": batch, "pool": POOL}

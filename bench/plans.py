@@ -24,8 +24,8 @@ from pi0fast import mesh as meshes
 from pi0fast.memory import Memory, capacity
 from pi0fast.precompile import compile_lowered
 from pi0fast.settings import DEFAULTS
-from pi0fast.train import abstract_batch
 from pi0fast.train_state import device_bytes
+from pi0fast.training_data import abstract_batch
 
 EIGHT = {"h100": "h100:8", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 MANY = {"h100": "h100:256", "v5e": "v5e:16x16", "v5p": "v5p:4x8x8", "v6e": "v6e:16x16"}

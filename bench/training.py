@@ -15,7 +15,7 @@ from flax import nnx
 
 from bench import openpi_fsdp, openpi_style, peers
 from bench.inference import Params, draw_params
-from pi0fast import Observation, Pi0, train, train_state
+from pi0fast import Observation, Pi0, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.config import Pi0Config
 from pi0fast.execution import Execution, Remat
@@ -113,7 +113,7 @@ def our_step(config: Pi0Config, settings: Settings) -> Step:
     graphdef, _, _ = train_state.abstract_state(config, settings, mesh)
     state, frozen, _ = train_state.initialize(config, settings, mesh)
     step: Any = train.make_step(graphdef, config, settings, mesh, state, frozen)
-    given = train.to_device(batch(config, settings.batch_size), mesh)
+    given = training_data.to_device(batch(config, settings.batch_size), mesh)
     return _compiled(lambda: step.lower(state, frozen, given), state, (frozen, given))
 
 
@@ -125,7 +125,7 @@ def openpi_step(config: Pi0Config, settings: Settings) -> Step:
     initial = partial(openpi_fsdp.State.initial, settings=settings)
     state = jax.jit(initial, out_shardings=where, donate_argnums=0)(params)
     step: Any = openpi_fsdp.make_step(config, settings, mesh)
-    given = train.to_device(batch(config, settings.batch_size), mesh)
+    given = training_data.to_device(batch(config, settings.batch_size), mesh)
     return _compiled(lambda: step.lower(state, given), state, (given,))
 
 

@@ -33,8 +33,8 @@ from pi0fast.memory import Memory
 from pi0fast.params import flatten
 from pi0fast.precompile import compile_policy, compile_step
 from pi0fast.settings import DEFAULTS, Settings
-from pi0fast.train import abstract_batch
 from pi0fast.train_state import device_bytes
+from pi0fast.training_data import abstract_batch
 from pi0fast.tuning import adapted
 
 TRAINING, INFERENCE = "training step", "inference call"

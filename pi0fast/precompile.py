@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pi0fast import compiler, fsdp, memory, policy, train, train_state
+from pi0fast import compiler, fsdp, memory, policy, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.config import Pi0Config
 from pi0fast.execution import Execution
@@ -38,7 +38,7 @@ def compile_step(model_config: Pi0Config, settings: Settings, mesh: Mesh, camera
     step: Any = train.make_step(graphdef, model_config, settings, mesh, state, frozen)
     names, prompt_len = model_config.cameras[:cameras], settings.input.prompt_len
     lowered = step.lower(
-        state, frozen, train.abstract_batch(model_config, settings.batch_size, names, mesh, prompt_len)
+        state, frozen, training_data.abstract_batch(model_config, settings.batch_size, names, mesh, prompt_len)
     )
     held = memory.held(state, frozen, mesh.devices.flat[0])
     return compile_lowered(lowered, held, mesh.devices.flat[0].platform)

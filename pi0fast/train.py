@@ -3,15 +3,13 @@
     python -m pi0fast.train                                                     the demo, on any machine
     python -m pi0fast.train pi0_base --mesh=fsdp:8 --data=… --robot=aloha --init-from=…
 
-Reads top to bottom: the data, the step, the loop.
+Reads top to bottom: the step, the loop. Where the batches come from: `training_data`.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +31,6 @@ from pi0fast import (
     fsdp,
     init_from,
     memory,
-    norm_stats,
-    normalize,
     optim,
     storage,
     trace,
@@ -43,110 +39,16 @@ from pi0fast import (
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import Checkpoints, RunConfig
 from pi0fast.config import Pi0Config
-from pi0fast.data import demo_dataset
-from pi0fast.data.lerobot_format import LeRobotFiles, find_dataset
-from pi0fast.data.lerobot_source import LeRobotSource
-from pi0fast.data.loader import Loader
 from pi0fast.distributed import ALONE, Processes, join
-from pi0fast.normalize import NormStats
 from pi0fast.observation import Observation
 from pi0fast.params import flatten
 from pi0fast.pi0 import check_kernels
 from pi0fast.report import Report
-from pi0fast.robots import find_robot
 from pi0fast.settings import DEFAULTS, Settings, to_dict
-from pi0fast.tokenizer import PromptTokenizer, padded_len, resolve_tokenizer
 from pi0fast.train_state import TrainState, abstract_state, initialize, restore, save
-from pi0fast.transforms import SampleTransform
+from pi0fast.training_data import abstract_batch, open_data, to_device
 from pi0fast.tuning import adapted, check_resumes
 from pi0fast.validation import Validation
-
-DEMO_DATA = Path("data/demo")
-DEMO_EPISODES = 1000
-
-
-# ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def open_data(
-    settings: Settings, model: Pi0Config, resumed: Path | None = None
-) -> tuple[Loader, Loader | None, SampleTransform, dict[str, NormStats]]:
-    """This process's batches of training and, where episodes are held out, of validation; and the statistics that they
-    are normalised with: a resumed checkpoint's, or those of the whole data set, computed once."""
-    robot = find_robot(settings.robot)
-    data = settings.data
-    if data is None:
-        if robot.name != "demo":
-            raise ValueError(f"--robot={settings.robot} needs --data; without --data the demo's own data set is used")
-        data = str(demo_dataset.find_or_write(DEMO_DATA, DEMO_EPISODES))
-    files = LeRobotFiles(find_dataset(data))
-    val = settings.val
-    held_out = validation.held_out(files.info["total_episodes"], val.fraction) if val.fraction else set()
-    source = LeRobotSource(
-        files.root,
-        robot,
-        model.action_horizon,
-        model.image_size,
-        on_bad_sample=settings.input.on_bad_sample,
-        cache_bytes=int(settings.input.cache_gib * (1 << 30)),
-    )
-    stats_path = norm_stats.norm_stats_path(source.root, robot, model.action_horizon)
-    if resumed is None and not stats_path.exists():
-        normalize.save(stats_path, norm_stats.compute_norm_stats(source.root, robot, model.action_horizon))
-    stats = normalize.load(stats_path) if resumed is None else checkpoint.load_stats(resumed)
-    tokenizer = PromptTokenizer(resolve_tokenizer(settings.input.tokenizer), model.max_token_len)
-    prompt_len = find_prompt_len(settings.input.prompt_len, tokenizer, source, model)
-    transform = SampleTransform(model, robot, stats, tokenizer, settings.input.max_normalized, prompt_len)
-    load = partial(Loader, transform=transform, process_index=jax.process_index(), process_count=jax.process_count())
-    training = source.part(set(range(source.num_episodes)) - held_out) if held_out else source
-    loader = load(training, batch_size=settings.batch_size, seed=settings.seed, workers=settings.input.workers)
-    held_out_loader = None
-    if held_out:
-        microbatch = settings.batch_size // settings.accum
-        held_out_loader = load(source.part(held_out), batch_size=microbatch, seed=val.seed)
-    return loader, held_out_loader, transform, stats
-
-
-def find_prompt_len(asked: int | None, tokenizer: PromptTokenizer, source: LeRobotSource, model: Pi0Config) -> int:
-    """Prompt tokens to compute: what was asked for, or what the data's longest prompt is padded to.
-
-    Raises: ValueError if that is longer than what was asked for.
-    """
-    longest = tokenizer.longest(source.prompts.values(), source.state_dim if model.state_mode == "prompt" else None)
-    if asked is None:
-        return padded_len(longest, model.max_token_len)
-    if asked < longest:
-        raise ValueError(f"--input.prompt-len={asked}: the data's prompts take up to {longest} tokens; raise it")
-    return asked
-
-
-def to_device(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """This process's part of a batch → global arrays, their first axis over the mesh."""
-    batch = {**batch, "example": batch["example"].astype(np.uint32)}
-    sharding = meshes.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def abstract_batch(
-    model_config: Pi0Config, batch_size: int, cameras: Sequence[str], mesh: Mesh, prompt_len: int | None = None
-) -> dict[str, Any]:
-    """A batch of the trainer's: shapes, dtypes, and where they lie. prompt_len: the longest by default."""
-
-    def array(*shape: int, dtype: Any = np.float32):
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=meshes.batch_sharding(mesh))
-
-    size, prompt = model_config.image_size, prompt_len or model_config.max_token_len
-    return {
-        "images": {camera: array(size, size, 3, dtype=np.uint8) for camera in cameras},
-        "image_masks": {camera: array(dtype=np.bool_) for camera in cameras},
-        "state": array(model_config.action_dim),
-        "tokenized_prompt": array(prompt, dtype=np.int32),
-        "tokenized_prompt_mask": array(prompt, dtype=np.bool_),
-        "actions": array(model_config.action_horizon, model_config.action_dim),
-        "action_is_pad": array(model_config.action_horizon, dtype=np.bool_),
-        "example": array(dtype=np.uint32),
-    }
-
 
 # ── One step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -315,7 +217,8 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
     new = "" if start or not settings.init_from else str(init_from.plan(settings.init_from, model_config))
     with processes.first_alone():  # what it decodes and computes, the others find
         resumed = checkpoint.step_folder(run, start) if start else None
-        loader, held_out, transform, stats = open_data(settings, model_config, resumed)
+        data = open_data(settings, model_config, resumed)
+    loader, transform = data.loader, data.transform
     action_weights = settings.loss.action_weights(transform.action_stats.dim, model_config.action_dim)
     if start:
         state, frozen = restore(run, start, state, frozen, loader)
@@ -331,7 +234,7 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
         run,
         keep_last=settings.output.keep_last,
         keep_every=settings.output.keep_every,
-        keep_best=held_out is not None,
+        keep_best=data.held_out is not None,
     )
     step_flops = flops.train_step(
         model_config,
@@ -343,12 +246,12 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
     )
     peak = flops.peak(mesh.devices.flat[0].device_kind)
     place, validate = partial(to_device, mesh=mesh), None
-    if held_out:
+    if data.held_out:
         action_dim = transform.action_stats.dim
         validation_step = validation.make_step(
             graphdef, settings, mesh, state.averaged, frozen, action_dim, action_weights
         )
-        validate = Validation(held_out, settings.val.batches, validation_step, place)
+        validate = Validation(data.held_out, settings.val.batches, validation_step, place)
     report = Report(
         run,
         start=start,
@@ -405,11 +308,11 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
                 values = report.validation(step, partial(validate, state.averaged, frozen))
             if saving:
                 finish(unchecked)
-                save(checkpoints, state, frozen, loader, stats, values)
+                save(checkpoints, state, frozen, loader, data.stats, values)
                 saved = step
         finish(unchecked)
         if saved < step:
-            save(checkpoints, state, frozen, loader, stats)
+            save(checkpoints, state, frozen, loader, data.stats)
     loader.close()
     if step < settings.steps:
         saying = (

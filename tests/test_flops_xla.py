@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 from bench.parts import cases
-from pi0fast import Pi0, config, flops, policy, precompile, train, train_state
+from pi0fast import Pi0, config, flops, policy, precompile, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.config import LoraConfig, Pi0Config
 from pi0fast.estimate import estimate
@@ -98,7 +98,7 @@ def trainers_step(size: Pi0Config, settings: Settings) -> tuple[Any, float]:
     settings = dataclasses.replace(settings, kernels="reference", input=plain)
     graphdef, state, frozen = train_state.abstract_state(size, settings, mesh)
     step: Any = train.make_step(graphdef, size, settings, mesh, state, frozen)
-    lowered = step.lower(state, frozen, train.abstract_batch(size, settings.batch_size, size.cameras, mesh))
+    lowered = step.lower(state, frozen, training_data.abstract_batch(size, settings.batch_size, size.cameras, mesh))
     trained = flatten(state.weights).keys()
     sizes = size, cameras, size.max_token_len, settings.batch_size
     return lowered, flops.train_step(*sizes, trained, settings.flow_samples)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pi0fast import flops, liveness, memory, train, train_state
+from pi0fast import flops, liveness, memory, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.optim import OptimConfig
 from pi0fast.settings import TINY, Settings
@@ -20,7 +20,7 @@ def step_of(settings: Settings, spec: str):
     """settings → the traced step, and its state and frozen weights, abstract."""
     mesh, model = meshes.make(spec), adapted(MINI, settings)
     graphdef, state, frozen = train_state.abstract_state(model, settings, mesh)
-    batch = train.abstract_batch(model, settings.batch_size, model.cameras, mesh)
+    batch = training_data.abstract_batch(model, settings.batch_size, model.cameras, mesh)
 
     def trace(changed: Settings):
         return train.make_step(graphdef, model, changed, mesh, state, frozen).trace(state, frozen, batch)
@@ -44,7 +44,7 @@ def test_what_is_said_is_what_the_arrays_and_the_program_take(monkeypatch):
 
     parts = (made.weights, kept, made.opt_state, made.average)
     assert (found.parameters, found.frozen, found.optimizer, found.average) == tuple(map(bytes_here, parts))
-    batch = train_state.device_bytes(train.abstract_batch(MINI, EXPERT.batch_size, MINI.cameras, mesh))
+    batch = train_state.device_bytes(training_data.abstract_batch(MINI, EXPERT.batch_size, MINI.cameras, mesh))
     rows = found.parameters, found.frozen, found.optimizer, found.average, found.temporaries or 0
     assert sum(rows) + batch == pytest.approx(found.peak, rel=0.05)
     assert found.capacity == 1e9 and found.fits

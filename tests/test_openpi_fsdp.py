@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from bench import openpi_fsdp
-from pi0fast import config, convert, train, train_state
+from pi0fast import config, convert, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.optim import OptimConfig
 from pi0fast.settings import TINY, LossSettings, Settings
@@ -50,7 +50,7 @@ def test_losses_are_ours(monkeypatch):
         loss=LossSettings(mask_padding=True),
     )
     mesh = meshes.make(MESH)
-    given = [train.to_device(batch, mesh) for batch in islice(batches(MINI, 8), 3)]
+    given = [training_data.to_device(batch, mesh) for batch in islice(batches(MINI, 8), 3)]
     graphdef, _, _ = train_state.abstract_state(MINI, settings, mesh)
     state, frozen, _ = train_state.initialize(MINI, settings, mesh)
     params = convert.to_openpi(nnx.merge(graphdef, jax.tree.map(jnp.copy, state.weights), frozen))
@@ -78,5 +78,5 @@ def test_the_base_model_is_traced_without_making_it():
     model, settings, mesh = config.pi0_base(), Settings(), meshes.make("fsdp:8")
     state = openpi_fsdp.abstract_state(model, settings, mesh)
     step: Any = openpi_fsdp.make_step(model, settings, mesh)
-    program = step.lower(state, train.abstract_batch(model, 32, model.cameras, mesh)).as_text()
+    program = step.lower(state, training_data.abstract_batch(model, 32, model.cameras, mesh)).as_text()
     assert "all_gather" not in program and "sharding_constraint" in program  # the compiler is to find collectives

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from pi0fast import compiler, config, fitting, flops, plan, precompile, train, train_state
+from pi0fast import compiler, config, fitting, flops, plan, precompile, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.flops import DeviceSpec
 from pi0fast.memory import Memory
@@ -29,13 +29,14 @@ def mini(monkeypatch):
 def test_the_planned_batch_is_the_trainers(demo_dataset, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(demo_dataset.parent / "cache"))
     settings = dataclasses.replace(TINY, data=str(demo_dataset), batch_size=8)
-    loader, _, transform, _ = train.open_data(settings, MINI)
+    data = training_data.open_data(settings, MINI)
+    loader, transform = data.loader, data.transform
     mesh = meshes.make("fsdp:8")
     batch = next(loader)
     loader.close()
     del batch["index"]
-    real = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), train.to_device(batch, mesh))
-    planned = train.abstract_batch(MINI, 8, transform.cameras, mesh)
+    real = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), training_data.to_device(batch, mesh))
+    planned = training_data.abstract_batch(MINI, 8, transform.cameras, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), planned) == real
 
 

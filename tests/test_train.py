@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0fast import checkpoint, config, init_from, storage, train, train_state
+from pi0fast import checkpoint, config, init_from, storage, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import RunConfig
 from pi0fast.integrity import CorruptCheckpointError
@@ -166,12 +166,13 @@ def test_frozen_weights_are_in_the_models_dtype(settings):
 def test_prompts_are_computed_as_long_as_the_data_needs(settings):
     model = dataclasses.replace(MINI, max_token_len=48)
     for asked, expected in ((None, 16), (6, 6), (48, 48)):
-        loader, _, transform, _ = train.open_data(changed(settings, "input", prompt_len=asked), model)
+        data = training_data.open_data(changed(settings, "input", prompt_len=asked), model)
+        loader, transform = data.loader, data.transform
         batch = next(loader)
         loader.close()
         assert batch["tokenized_prompt"].shape == (8, expected) and transform.prompt_len == expected
     with pytest.raises(ValueError, match=r"--input\.prompt-len=4: the data's prompts take up to 6 tokens"):
-        train.open_data(changed(settings, "input", prompt_len=4), model)
+        training_data.open_data(changed(settings, "input", prompt_len=4), model)
 
 
 @pytest.mark.long

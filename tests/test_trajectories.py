@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from pi0fast import fsdp, train, train_state
+from pi0fast import fsdp, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.hlo import Program
 from pi0fast.optim import OptimConfig
@@ -83,7 +83,7 @@ def trajectory(start):
         mesh, settings = meshes.make(spec), dataclasses.replace(SETTINGS, mesh=spec, **changes)
         graphdef, abstract, frozen = train_state.abstract_state(model, settings, mesh)
         state = jax.device_put(fsdp.place(start, mesh), jax.tree.map(lambda x: x.sharding, abstract))
-        given = [train.to_device(batch, mesh) for batch in islice(batches(MINI, BATCH), STEPS)]
+        given = [training_data.to_device(batch, mesh) for batch in islice(batches(MINI, BATCH), STEPS)]
         step: Any = train.make_step(graphdef, model, settings, mesh, abstract, frozen)
         lowered = step.lower(abstract, frozen, given[0])
         # LLVM's optimisation is half of the time to compile, and steps this small gain nothing from it.
@@ -193,7 +193,7 @@ def test_an_average_on_the_host_is_the_same():
         graphdef, abstract, _ = train_state.abstract_state(MINI, settings, mesh)
         state, frozen, _ = train_state.initialize(MINI, settings, mesh)
         step: Any = train.make_step(graphdef, MINI, settings, mesh, abstract, frozen)
-        given = train.to_device(batch, mesh)
+        given = training_data.to_device(batch, mesh)
         fast = {"xla_backend_optimization_level": 0}
         states[on_host], _ = step.lower(abstract, frozen, given).compile(compiler_options=fast)(state, frozen, given)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(states[True].average)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pi0fast import Observation, Pi0, train, train_state
+from pi0fast import Observation, Pi0, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.config import LoraConfig
 from pi0fast.lora import is_lora, merge
@@ -186,7 +186,7 @@ def test_updates_train_on_every_mesh():
         begun = {path: np.array(variable[...]) for path, variable in flatten(state.weights).items()}
         losses = []
         for batch in islice(batches(MINI, 16), 3):
-            state, metrics = step(state, frozen, train.to_device(batch, mesh))
+            state, metrics = step(state, frozen, training_data.to_device(batch, mesh))
             losses.append(float(metrics["loss"]))
         moved = {path: np.asarray(variable[...]) - begun[path] for path, variable in flatten(state.weights).items()}
         return losses, moved

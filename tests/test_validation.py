@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pi0fast import Observation, Pi0, checkpoint, flow, train, train_state, validation
+from pi0fast import Observation, Pi0, checkpoint, flow, train, train_state, training_data, validation
 from pi0fast import mesh as meshes
 from pi0fast.data.demo import Simulator
 from pi0fast.data.lerobot_source import LeRobotSource
@@ -103,7 +103,8 @@ def test_a_bad_sample_is_replaced_from_its_own_part(source, demo_dataset):
 
 
 def test_training_and_validation_see_their_own_episodes(settings, source):
-    loader, held_out, _, _ = train.open_data(settings, MINI)
+    data = training_data.open_data(settings, MINI)
+    loader, held_out = data.loader, data.held_out
     episodes = np.searchsorted([source.index(episode, 0) for episode in range(6)], np.arange(len(source)), "right") - 1
     assert held_out is not None
     for part, expected in ((loader, {0, 1, 2, 5}), (held_out, HELD_OUT)):
@@ -113,7 +114,8 @@ def test_training_and_validation_see_their_own_episodes(settings, source):
 
 
 def test_without_validation_the_order_is_that_of_the_whole_data_set(mini_settings, source):
-    loader, held_out, _, _ = train.open_data(mini_settings, MINI)
+    data = training_data.open_data(mini_settings, MINI)
+    loader, held_out = data.loader, data.held_out
     assert held_out is None
     assert loader.state()["fingerprint"] == source.fingerprint
     found = np.concatenate([next(loader)["index"] for _ in range(3)])
@@ -133,12 +135,13 @@ def evaluate(settings, spec, model):
     mesh = meshes.make(spec)
     graphdef, _, _ = train_state.abstract_state(model, settings, mesh)
     state, frozen, _ = train_state.initialize(model, settings, mesh)
-    _, held_out, transform, _ = train.open_data(settings, model)
+    data = training_data.open_data(settings, model)
+    held_out, transform = data.held_out, data.transform
     assert held_out is not None
     dim = transform.action_stats.dim
     weights = settings.loss.action_weights(dim, model.action_dim)
     step = validation.make_step(graphdef, settings, mesh, state.averaged, frozen, dim, weights)
-    validate = Validation(held_out, settings.val.batches, step, partial(train.to_device, mesh=mesh))
+    validate = Validation(held_out, settings.val.batches, step, partial(training_data.to_device, mesh=mesh))
     found = validate(state.averaged, frozen)
     assert validate(state.averaged, frozen) == found  # the same samples, noise and times again
     return found, nnx.merge(graphdef, state.averaged, frozen)
@@ -146,7 +149,8 @@ def evaluate(settings, spec, model):
 
 def written_out(settings, model):
     """The same with `Pi0.loss` and a `Sampler`, on all samples that count in one batch."""
-    _, held_out, transform, _ = train.open_data(settings, model.config)
+    data = training_data.open_data(settings, model.config)
+    held_out, transform = data.held_out, data.transform
     assert held_out is not None
     batches = [next(held_out) for _ in range(settings.val.batches)]
     held_out.close()

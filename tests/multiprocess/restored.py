@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
-from pi0fast import checkpoint, train, train_state
+from pi0fast import checkpoint, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.distributed import DistributedSettings, join
 from pi0fast.settings import TINY
@@ -23,7 +23,7 @@ def main(
     settings = dataclasses.replace(TINY, data=data, batch_size=8, optim=optim)
     with join(distributed, mesh) as processes:
         devices = meshes.make(mesh)
-        loader, *_ = train.open_data(settings, MINI)
+        loader = training_data.open_data(settings, MINI).loader
         _, state, frozen = train_state.abstract_state(MINI, settings, devices)
         state, frozen = train_state.restore(out, 2, state, frozen, loader)
         assert loader.state()["next_batch"] == 2

@@ -31,7 +31,7 @@ BATCH = """
 import numpy as np, tyro
 from jax.experimental import multihost_utils
 from pi0fast import mesh as meshes
-from pi0fast import train
+from pi0fast import training_data
 from pi0fast.data.loader import Loader
 from pi0fast.distributed import DistributedSettings, join
 from tests.multiprocess.test_join import Numbers
@@ -44,7 +44,7 @@ def main(distributed: DistributedSettings):
         loader = Loader(Numbers(), dict, batch_size=8, seed=0, **part)
         batch = next(loader)
         index = batch.pop("index")
-        batch = train.to_device(batch, mesh)
+        batch = training_data.to_device(batch, mesh)
         mine = {int(row) for shard in batch["example"].addressable_shards for row in np.asarray(shard.data)}
         assert mine == set(range(processes.index, 8, 2)), mine
         example, sample = multihost_utils.process_allgather((batch["example"], batch["sample"]), tiled=True)
