@@ -83,7 +83,7 @@ def variance(out: Path, run: Path, data: str, batch: int, pairs: int) -> None:
     saved = RunConfig.load(run)
     settings = dataclasses.replace(DEFAULTS["pi0_tiny"], data=data, batch_size=POOL)
     step = checkpoint.newest_checkpoint(run)
-    abstract = nnx.eval_shape(lambda: Pi0(saved.model, rngs=nnx.Rngs(0)))
+    abstract = Pi0.abstract(saved.model)
     model = replace(abstract, checkpoint.load_item(step, "params"))
     loader = training_data.open_data(settings, saved.model).loader
     pool = jax.tree.map(jnp.asarray, {name: x for name, x in next(loader).items() if name != "index"})

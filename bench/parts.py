@@ -55,7 +55,7 @@ class Case:
 @cache
 def cases(size: Pi0Config, batch: int, execution: Execution) -> dict[str, Case]:
     """By name; weights and inputs are shapes and dtypes. All cameras, whole prompts."""
-    model = nnx.eval_shape(lambda: Pi0(size, rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(size)
     head, head_dim, width = model.head, size.vlm.head_dim, size.action_expert.width
     prefix_len = len(size.cameras) * size.tokens_per_image + size.max_token_len
 

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, ArrayLike, DTypeLike
 
@@ -64,7 +63,7 @@ def from_openpi(flat_params: Mapping[str, ArrayLike], config: Pi0Config) -> Pi0:
     weights: Params = {}
     for rule in rules(config):
         weights |= rule.read([jnp.asarray(flat_params[path]) for path in rule.theirs])
-    return replace(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), weights)
+    return replace(Pi0.abstract(config), weights)
 
 
 def dead_params(flat_params: Mapping[str, Array], config: Pi0Config) -> Params:
@@ -125,7 +124,7 @@ def load_openpi_model_and_dead(
 ) -> tuple[Pi0, Params]:
     """As `load_openpi_checkpoint`, and the dead parameters, in shards too. dtypes: as `load_openpi_weights`."""
     weights, dead = load_openpi_weights(path, config, mesh, dtypes)
-    return replace(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), weights), dead
+    return replace(Pi0.abstract(config), weights), dead
 
 
 def load_openpi_weights(
@@ -167,7 +166,7 @@ def follow(
     """Our weights and the dead parameters by these rules. read: arrays of openpi's by path, each where it is told."""
     ours = {}
     if mesh is not None:
-        ours = fsdp.weight_shardings(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0))), mesh)
+        ours = fsdp.weight_shardings(Pi0.abstract(config), mesh)
     by_name = {rule.ours: rule for rule in chosen}
     weights: Params = {}
     dead = dead_params(read({FINAL_NORM: mesh and NamedSharding(mesh, PartitionSpec())}), config)
@@ -341,7 +340,7 @@ def load_model(run: Path, step: Step | None = None) -> tuple[Pi0, Params, dict[s
     """The model, openpi's dead parameters and the statistics of a run's checkpoint, by default the newest."""
     found, config = checkpoint.find_checkpoint(run, step), RunConfig.load(run).model
     dead = storage.load_arrays(run / "dead") if (run / "dead").exists() else {}
-    abstract = nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0)))
+    abstract = Pi0.abstract(config)
     return replace(abstract, checkpoint.load_item(found, "params")), dead, checkpoint.load_stats(found)
 
 

@@ -109,7 +109,7 @@ def load(
     Raises: as `plan`, before any array is read; CorruptCheckpointError.
     """
     start = plan(source, model_config)
-    abstract, merged = _abstract(model_config), _projections(start)
+    abstract, merged = Pi0.abstract(model_config), _projections(start)
     if source.endswith(".npz"):
         read = convert_paligemma.load_paligemma
     elif (Path(source) / "config.json").exists():
@@ -121,7 +121,7 @@ def load(
     shardings = fsdp.weight_shardings(abstract, mesh)
 
     def merge(given: dict[str, Array]) -> dict[str, Array]:
-        found = flatten(lora.merge(replace(_abstract(start.config), given), start.merged))
+        found = flatten(lora.merge(replace(Pi0.abstract(start.config), given), start.merged))
         return {path: found[path].get_value().astype(dtypes[path]) for path in merged}
 
     def initialize(key: Array) -> dict[str, Array]:
@@ -150,7 +150,7 @@ def _read_run(
         checkpoint.newest_checkpoint(Path(run)),
         "params",
         shapes=_shapes(config),
-        shardings=fsdp.weight_shardings(_abstract(config), mesh),
+        shardings=fsdp.weight_shardings(Pi0.abstract(config), mesh),
         dtypes=dtypes,
     )
     if not dead.exists():
@@ -160,12 +160,8 @@ def _read_run(
     return weights, storage.load_arrays(dead, shardings=shardings)
 
 
-def _abstract(config: Pi0Config) -> Pi0:
-    return nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0)))
-
-
 def _shapes(config: Pi0Config) -> Shapes:
-    return {path: variable.shape for path, variable in flatten(_abstract(config)).items()}
+    return {path: variable.shape for path, variable in flatten(Pi0.abstract(config)).items()}
 
 
 def _parts(fresh: tuple[str, ...], expected: Shapes) -> tuple[str, ...]:

@@ -72,6 +72,11 @@ class Pi0(nnx.Module):
         self.action_expert = ActionExpert(config.action_expert, config.dtype, config.pi05, rngs=rngs)
         self.head = ActionHead(config, rngs=rngs)
 
+    @classmethod
+    def abstract(cls, config: Pi0Config) -> "Pi0":
+        """The model with shapes and dtypes (`jax.ShapeDtypeStruct`) where its weights would be."""
+        return nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
+
     def velocity(
         self,
         observation: Observation,

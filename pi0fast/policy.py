@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from pi0fast import checkpoint, convert, normalize
 from pi0fast.checkpoint import RunConfig, Step
@@ -157,7 +156,7 @@ class Policy:
         check_kernels(config.model, Execution(kernels=options.get("kernels", "auto")))
         found = checkpoint.find_checkpoint(folder, step)
         transform = make_transform(config, checkpoint.load_stats(found))
-        abstract = nnx.eval_shape(lambda: Pi0(config.model, rngs=nnx.Rngs(0)))
+        abstract = Pi0.abstract(config.model)
         dtypes = dict.fromkeys(matmul_weights(abstract), config.model.dtype)
         model = replace(abstract, checkpoint.load_item(found, "params", dtypes=dtypes))
         return Policy(model, transform, **options)

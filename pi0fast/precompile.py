@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pi0fast import compiler, fsdp, memory, policy, train, train_state, training_data
@@ -64,7 +63,7 @@ def compile_policy(model_config: Pi0Config, settings: Settings, mesh: Mesh, came
 
 def abstract_sampler(model_config: Pi0Config) -> Sampler:
     """The weights as `Policy.load` reads them."""
-    model = nnx.eval_shape(lambda: Pi0(model_config, rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(model_config)
     cast = matmul_weights(model)
     weights: Any = {
         path: jax.ShapeDtypeStruct(weight.shape, model_config.dtype if path in cast else weight.dtype)

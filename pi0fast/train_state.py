@@ -69,7 +69,7 @@ def abstract_state(
 
     Raises: ValueError: the average cannot lie in the host's memory.
     """
-    model = nnx.eval_shape(lambda: Pi0(model_config, rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(model_config)
     graphdef, _, _ = nnx.split(model, frozen_filter(model, settings), ...)
     whole, weights = nnx.split(model)
     made = jax.eval_shape(lambda weights: make_state(nnx.merge(whole, weights), settings, mesh), weights)

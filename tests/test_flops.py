@@ -1,7 +1,6 @@
 """FLOPs and bytes: weights counted as the model holds them, and the floors of one inference call."""
 
 import pytest
-from flax import nnx
 
 from pi0fast import Pi0, config, flops
 from pi0fast.params import flatten
@@ -12,7 +11,7 @@ H100_MEASURED = flops.DeviceSpec("H100", 798e12, 3.0e12, memory=80e9)
 
 def matrices(preset: str) -> dict[str, int]:
     """Sizes of the weights that take part in matrix products, by path."""
-    model = nnx.eval_shape(lambda: Pi0(config.PRESETS[preset](), rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(config.PRESETS[preset]())
     return {
         path: variable.size
         for path, variable in flatten(model).items()

@@ -158,7 +158,7 @@ def test_a_step_with_frozen_parts(size, freeze):
 def test_the_loss(preset):
     """The forward pass alone."""
     size = config.PRESETS[preset]()
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Pi0(size, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(Pi0.abstract(size))
     observation, actions = policy.abstract_inputs(size, size.cameras, BATCH, size.max_token_len)
     loss = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state).loss(*inputs, execution=REFERENCE))
     lowered = loss.lower(state, observation, actions, actions, jax.ShapeDtypeStruct((BATCH,), jnp.float32))

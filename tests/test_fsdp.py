@@ -139,7 +139,7 @@ def test_a_weight_that_does_not_divide_is_replicated():
     mesh = meshes.make("fsdp:8")
     tiny = config.pi0_tiny()
     odd = dataclasses.replace(tiny, action_expert=dataclasses.replace(tiny.action_expert, width=36, mlp_dim=52))
-    placed = flatten(fsdp.place(nnx.eval_shape(lambda: nnx.state(Pi0(odd, rngs=nnx.Rngs(0)))), mesh))
+    placed = flatten(fsdp.place(nnx.state(Pi0.abstract(odd)), mesh))
     axis = {path: variable.get_metadata()[fsdp.SHARDED_AXIS] for path, variable in placed.items()}
     assert axis["vlm/layers/q"] == -2 and axis["embedding"] == -1
     assert axis["action_expert/layers/out"] == -2  # heads divide, the width does not
@@ -148,7 +148,7 @@ def test_a_weight_that_does_not_divide_is_replicated():
 
 
 def test_weights_that_lie_whole_are_named():
-    base = nnx.eval_shape(lambda: nnx.state(Pi0(config.pi0_base(), rngs=nnx.Rngs(0))))
+    base = nnx.state(Pi0.abstract(config.pi0_base()))
 
     def line(data, fsdp_size):
         return fsdp.undivided(base, AbstractMesh((data, fsdp_size), meshes.AXES))

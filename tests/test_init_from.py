@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jaxtyping import ArrayLike
 
 from pi0fast import convert_paligemma, init_from, lora, train
@@ -32,7 +31,7 @@ Weights = dict[str, np.ndarray]
 def write_run(folder: Path, config: Pi0Config) -> Weights:
     """A run with random weights."""
     rng = np.random.default_rng(0)
-    shapes = {path: x.shape for path, x in flatten(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0)))).items()}
+    shapes = {path: x.shape for path, x in flatten(Pi0.abstract(config)).items()}
     weights = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
     RunConfig(config, None, "demo").save(folder)
     with Checkpoints(folder) as checkpoints:
@@ -42,7 +41,7 @@ def write_run(folder: Path, config: Pi0Config) -> Weights:
 
 def start(source: Path, config: Pi0Config) -> Weights:
     """The weights that a run of this config starts with on two devices, gathered."""
-    dtypes = dict.fromkeys(flatten(nnx.eval_shape(lambda: Pi0(config, rngs=nnx.Rngs(0)))), "float32")
+    dtypes = dict.fromkeys(flatten(Pi0.abstract(config)), "float32")
     model, _ = init_from.load(str(source), config, meshes.make("fsdp:2"), dtypes, seed=3)
     assert model.config == config
     return {path: np.asarray(variable[...]) for path, variable in flatten(model).items()}
@@ -89,9 +88,7 @@ def test_the_same_updates_are_kept(updated):
 @pytest.mark.slow
 def test_updates_that_the_model_lacks_are_merged(updated):
     folder, source = updated
-    model = replace(
-        nnx.eval_shape(lambda: Pi0(UPDATES, rngs=nnx.Rngs(0))), {p: jnp.asarray(x) for p, x in source.items()}
-    )
+    model = replace(Pi0.abstract(UPDATES), {p: jnp.asarray(x) for p, x in source.items()})
     for config, experts in (
         (MINI, ("vlm", "action_expert")),
         (MINI.with_lora(LoraConfig(rank=2), None), ("action_expert",)),

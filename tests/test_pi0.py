@@ -16,13 +16,13 @@ from tests.golden import golden
 
 @pytest.mark.parametrize(("preset", "count"), [("pi0_base", 3_128_992_528), ("pi05_base", 3_244_377_872)])
 def test_live_parameter_counts(preset, count):
-    model = nnx.eval_shape(lambda: Pi0(config.PRESETS[preset](), rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(config.PRESETS[preset]())
     assert sum(variable.size for variable in flatten(model).values()) == count
 
 
 @pytest.mark.parametrize("preset", config.PRESETS)
 def test_every_weight_has_axis_names(preset):
-    model = nnx.eval_shape(lambda: Pi0(config.PRESETS[preset](), rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(config.PRESETS[preset]())
     for path, variable in flatten(model).items():
         assert len(variable.get_metadata()["out_sharding"]) == variable.ndim, path
         assert variable.dtype == jnp.float32, path
@@ -89,7 +89,7 @@ def test_bfloat16_is_close_to_float32(case):
     """Activations in bfloat16 from the same float32 weights: a few percent, and float32 out."""
     model = case.model()
     half = replace(
-        nnx.eval_shape(lambda: Pi0(dataclasses.replace(case.config, dtype="bfloat16"), rngs=nnx.Rngs(0))),
+        Pi0.abstract(dataclasses.replace(case.config, dtype="bfloat16")),
         {path: variable[...] for path, variable in flatten(model).items()},
     )
     velocity = jax.jit(lambda m: m.velocity(case.observation, case.inputs["noise"], case.inputs["time"]))
@@ -201,7 +201,7 @@ def test_order_of_the_solvers(solver, order):
 def test_full_size_forward_pass_in_bfloat16(preset):
     """One example with three cameras; the weights are bfloat16, so that model and activations fit 24 GB."""
     size = config.PRESETS[preset]()
-    abstract = nnx.eval_shape(lambda: Pi0(size, rngs=nnx.Rngs(0)))
+    abstract = Pi0.abstract(size)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(1 << 20, dtype=np.float32)
 

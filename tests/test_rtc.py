@@ -111,7 +111,7 @@ class TestGuided:
 @pytest.fixture(scope="module", params=["pi0_tiny", "pi05_tiny"])
 def model(request):
     """With every weight drawn, so that Pi0.5's conditions, which start at zero, count."""
-    abstract = nnx.eval_shape(lambda: Pi0(config.PRESETS[request.param](), rngs=nnx.Rngs(0)))
+    abstract = Pi0.abstract(config.PRESETS[request.param]())
     rng = np.random.default_rng(1)
     draw = lambda shape: jnp.asarray(rng.standard_normal(shape) * 0.1, jnp.float32)  # noqa: E731
     return replace(abstract, {path: draw(variable.shape) for path, variable in flatten(abstract).items()})

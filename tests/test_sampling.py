@@ -94,7 +94,7 @@ def test_half_precision_is_close():
     case = golden.load("pi05_tiny")
     half = dataclasses.replace(case.config, dtype="bfloat16")
     model = case.model()
-    rounded = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Pi0(half, rngs=nnx.Rngs(0)))), nnx.state(model))
+    rounded = nnx.merge(nnx.graphdef(Pi0.abstract(half)), nnx.state(model))
     exact, ours = (jax.jit(sample_actions)(m, case.observation, case.inputs["noise"]) for m in (model, rounded))
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.05
@@ -126,7 +126,7 @@ def test_the_loop_never_copies_the_cache(preset):
     layer, and nothing calls back to the host."""
     size = dataclasses.replace(config.PRESETS[preset](), cameras=("base_0_rgb",))
     keys = size.suffix_len + size.tokens_per_image + 48
-    model = nnx.eval_shape(lambda: Pi0(size, rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(size)
     sampler = jax.eval_shape(Sampler.of, model)
     observation = Observation(
         images={"base_0_rgb": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.uint8)},  # pyright: ignore[reportArgumentType]

@@ -27,7 +27,7 @@ def asked(tune, **changes) -> Settings:
 
 
 def trained(settings: Settings) -> set[str]:
-    model = nnx.eval_shape(lambda: Pi0(adapted(MINI, settings), rngs=nnx.Rngs(0)))
+    model = Pi0.abstract(adapted(MINI, settings))
     _, _, weights = nnx.split(model, frozen_filter(model, settings), ...)
     return set(flatten(weights))
 
