@@ -237,7 +237,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """One inference call by stage. state: Pi0's state token, once; step: one evaluation of the velocity.
+    """One inference call by stage. step: one evaluation of the velocity. state: what Pi0's state adds to the first.
 
     What depends on time only is computed once per sampler, not once per call, and is no part of it.
     """
@@ -274,9 +274,9 @@ def inference(
 
     state, modulations = Cost(0.0, 0.0), (2 * expert.depth + 1) * 3 * expert.width
     if not config.pi05:
-        weights, modulations = config.action_dim * expert.width + _keys_values_weights(expert), 0
+        own, modulations = config.action_dim * expert.width, 0
         attention = (expert.depth - 1) * _attention(expert, prefix_len + config.suffix_len)
-        state = cost(2.0 * (weights + attention), weights, (expert.depth - 1) * layer_cache)
+        state = cost(2.0 * (own + _keys_values_weights(expert) + attention), own)
     # Of Pi0's first layer over action and time, the time's part is computed before.
     weights = expert.depth * _layer_weights(expert) + 2 * config.action_dim * expert.width
     weights += 0 if config.pi05 else 2 * expert.width**2

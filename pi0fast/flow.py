@@ -79,33 +79,42 @@ def evaluation_times(num_steps: int, solver: str) -> np.ndarray:
     return 1.0 - step * (np.arange(num_steps)[:, None] + np.array(EVALUATIONS[solver]))
 
 
+type Velocity[Condition, State] = Callable[[Actions, Condition, State], tuple[Actions, State]]
+
+
 def integrate[Condition, State](
-    velocity: Callable[[Actions, Condition, State], tuple[Actions, State]],
+    velocity: Velocity[Condition, State],
     noise: Actions,
     conditions: Condition,
     state: State,
     *,
     num_steps: int,
     solver: Solver = "euler",
+    first: Velocity[Condition, State] | None = None,
 ) -> Actions:
     """Steps of one size from noise at t = 1 to actions at t = 0.
 
     velocity: actions, condition and state → velocity, and the state that the next evaluation gets.
     conditions: what `velocity` needs to know of each of `evaluation_times`: arrays `[num_steps, evaluations, ...]`.
+    first: the velocity's very first evaluation, where that does more than the others; its step is not in the loop.
     """
     step = 1.0 / num_steps
     later = EVALUATIONS[solver][1:]
 
-    def advance(carry, conditions):
+    def advance(carry, conditions, begin=velocity):
         x, state = carry
         at = [jax.tree.map(lambda leaf, i=i: leaf[i], conditions) for i in range(1 + len(later))]
-        slope, state = velocity(x, at[0], state)
+        slope, state = begin(x, at[0], state)
         for fraction, condition in zip(later, at[1:], strict=True):
             second, state = velocity(x - fraction * step * slope, condition, state)
             slope = second if solver == "midpoint" else (slope + second) / 2
         return (x - step * slope, state), None
 
-    (x, _), _ = lax.scan(advance, (noise, state), conditions, length=num_steps)
+    carry = noise, state
+    if first is not None:
+        carry, _ = advance(carry, jax.tree.map(lambda leaf: leaf[0], conditions), first)
+        conditions = jax.tree.map(lambda leaf: leaf[1:], conditions)
+    (x, _), _ = lax.scan(advance, carry, conditions, length=num_steps - (first is not None))
     return x
 
 

@@ -69,19 +69,17 @@ class Modulations(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Some of the suffix: where its keys begin in the cache, its rotation, and the keys that its queries see."""
+    """The suffix, or its first tokens: their rotation, and the keys that their queries see."""
 
-    first: int
     rotation: Rotation
     key_start: Int[Array, "B T"]
     key_end: Int[Array, "B T"]
 
     @staticmethod
-    def of(layout: PrefixLayout, head_dim: int, first: int = 0, end: int | None = None) -> "Places":
-        """The suffix tokens from `first` up to `end`."""
-        part = (slice(None), slice(first, end))
-        rotation = Rotation.at(layout.suffix_positions[part], head_dim)
-        return Places(first, rotation, layout.suffix_start[part], layout.suffix_end[part])
+    def of(layout: PrefixLayout, head_dim: int, tokens: int | None = None) -> "Places":
+        """The first `tokens` of the suffix, all by default."""
+        rotation = Rotation.at(layout.suffix_positions[:, :tokens], head_dim)
+        return Places(rotation, layout.suffix_start[:, :tokens], layout.suffix_end[:, :tokens])
 
 
 class RMSNorm(nnx.Module):
@@ -244,10 +242,11 @@ class ActionExpert(nnx.Module):
 def attend_cached(
     layer: Layer, x: Float[Array, "B T D"], modulations: Modulations, cache: KVCache, places: Places, execution
 ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """One layer over suffix tokens: their keys and values are written into the cache, which they then attend to."""
+    """One layer over the suffix's first tokens: their keys and values are written to the cache's beginning, then they
+    attend to all of it."""
 
     def into(cached):
-        return lambda own: lax.dynamic_update_slice_in_dim(cached, own, places.first, axis=1)
+        return lambda own: lax.dynamic_update_slice_in_dim(cached, own, 0, axis=1)
 
     place = into(cache.k), into(cache.v)
     return layer(x, modulations, places.rotation, places.key_start, places.key_end, place, execution)

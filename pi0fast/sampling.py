@@ -8,13 +8,15 @@ A `Sampler` holds a model's weights as sampling wants them, made once:
 - everything that depends on time only, for every evaluation: Pi0's part of the action tokens, or the modulations of
   all of Pi0.5's norms, whose weights are then not needed any more.
 
-A call runs the prefix, then Pi0's state token, which sees neither time nor noise, and writes the keys and values of
-both into a cache with free places in front. The loop over time computes the action tokens alone: each layer writes
-their keys and values into those places, in the loop's own buffers, and attends to the whole.
+A call runs the prefix and writes its keys and values into a cache with free places in front. The loop over time
+computes the action tokens alone: each layer writes their keys and values into those places, in the loop's own buffers,
+and attends to the whole. Pi0's state token sees neither time nor noise: it is one more row of the first step, so that
+nothing reads the action expert's weights for it alone, and its keys and values stay in their place for the others.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import batched
 from typing import Any, NamedTuple
 
@@ -132,8 +134,8 @@ class Sampler:
         model = self.model
         validate(model.config, observation, noise)
         tokens, valid = model.embed_prefix(observation, execution)
-        cache, layout = self.prefix(tokens, valid, observation.state, execution)
-        return self.steps(noise, cache, layout, execution, guidance)
+        cache, layout = self.prefix(tokens, valid, execution)
+        return self.steps(observation.state, noise, cache, layout, execution, guidance)
 
     @property
     def model(self) -> Pi0:
@@ -141,51 +143,54 @@ class Sampler:
         return nnx.merge(self.graphdef, self.weights)
 
     def prefix(
-        self, tokens: Float[Array, "B P D"], valid: Bool[Array, "B P"], state: Float[Array, "B A"], execution: Execution
+        self, tokens: Float[Array, "B P D"], valid: Bool[Array, "B P"], execution: Execution
     ) -> tuple[list[KVCache], PrefixLayout]:
-        """Embedded prefix tokens, and Pi0's state → all keys and values that do not change from step to step."""
-        model = self.model
-        cache, layout = model.attend_prefix(tokens, valid, execution)
+        """Embedded prefix tokens → their keys and values, with free places for the suffix's."""
+        cache, layout = self.model.attend_prefix(tokens, valid, execution)
         assert isinstance(cache, list)
-        if not model.config.pi05:
-            expert = model.action_expert
-            with jax.named_scope("state"):
-                token = model.head.state_in(state)[:, None]
-                places = Places.of(layout, expert.head_dim, first=model.config.action_horizon)
-                _, cache = _attend(expert, token, None, cache, places, execution)
         return cache, layout
 
     def steps(
         self,
+        state: Float[Array, "B A"],
         noise: Float[Array, "B H A"],
         cache: list[KVCache],
         layout: PrefixLayout,
         execution: Execution,
         guidance: Guidance | None = None,
     ) -> Float[Array, "B H A"]:
-        """The loop over time."""
+        """All steps; the state is Pi0's own."""
         model = self.model
-        expert, head = model.action_expert, model.head
-        places = Places.of(layout, expert.head_dim, end=model.config.action_horizon)
+        expert, head, horizon = model.action_expert, model.head, model.config.action_horizon
 
-        def velocity(x_t, at: Conditions, cache):
+        def velocity(x_t, at: Conditions, cache, *, with_state: bool):
             with jax.named_scope("suffix"):
                 tokens = head.actions(x_t, at.tokens[None])
+                if with_state:
+                    tokens = jnp.concatenate([tokens, head.state_in(state)[:, None]], axis=1)
+                places = Places.of(layout, expert.head_dim, tokens.shape[1])
                 modulations, final = at.by_layer()
                 x, cache = _attend(expert, tokens, modulations, cache, places, execution)
-                x = final_norm(x, final or expert.norm.modulate(None), execution)
+                x = final_norm(x[:, :horizon], final or expert.norm.modulate(None), execution)
                 return head.action_out(x.astype(jnp.float32)), cache
 
-        steps = {"num_steps": self.num_steps, "solver": self.solver}
-        if guidance is None:
-            return flow.integrate(velocity, noise, self.conditions, cache, **steps)
-
-        def guided(x_t, at, cache):
+        def guided(guidance: Guidance, x_t, at, cache, *, with_state: bool):
             conditions, t = at
-            return flow.guided(lambda x: velocity(x, conditions, cache), x_t, t, *guidance)
+            return flow.guided(lambda x: velocity(x, conditions, cache, with_state=with_state), x_t, t, *guidance)
 
-        times = jnp.asarray(flow.evaluation_times(self.num_steps, self.solver), jnp.float32)
-        return flow.integrate(guided, noise, (self.conditions, times), cache, **steps)
+        run, conditions = velocity, self.conditions
+        if guidance is not None:
+            times = jnp.asarray(flow.evaluation_times(self.num_steps, self.solver), jnp.float32)
+            run, conditions = partial(guided, guidance), (conditions, times)
+        return flow.integrate(
+            partial(run, with_state=False),
+            noise,
+            conditions,
+            cache,
+            num_steps=self.num_steps,
+            solver=self.solver,
+            first=None if model.config.pi05 else partial(run, with_state=True),
+        )
 
 
 def sample_actions(

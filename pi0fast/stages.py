@@ -17,9 +17,9 @@ from pi0fast.sampling import Sampler
 class Stages:
     """Calls that run one stage of a `Sampler` on given inputs and wait for its result.
 
-    vision: images and prompt → embedded tokens. prefix: these, and Pi0's state → keys and values. steps: all steps from
-    noise to actions; the last result is the sampler's. One after the other they do what the whole call does, but what
-    passes between two goes through memory, and `steps` must copy the cache that the whole call writes in place.
+    vision: images and prompt → embedded tokens. prefix: these → keys and values. steps: all steps from noise to
+    actions; the last result is the sampler's. One after the other they do what the whole call does, but what passes
+    between two goes through memory, and `steps` must copy the cache that the whole call writes in place.
     """
 
     vision: Callable[[], Any]
@@ -40,8 +40,8 @@ class Stages:
             return lambda: jax.block_until_ready(compiled(weights, *inputs))
 
         vision = stage(lambda sampler, *inputs: sampler.model.embed_prefix(*inputs), observation)
-        prefix = stage(Sampler.prefix, *vision(), observation.state)
-        return Stages(vision, prefix, stage(Sampler.steps, noise, *prefix()))
+        prefix = stage(Sampler.prefix, *vision())
+        return Stages(vision, prefix, stage(Sampler.steps, observation.state, noise, *prefix()))
 
     def time(self) -> dict[str, float]:
         """Seconds of one run of each stage."""

@@ -180,11 +180,13 @@ def test_stages_of_inference(preset):
 
     observation, noise = policy.abstract_inputs(size, size.cameras, batch, size.max_token_len)
     vision, tokens = stage(lambda sampler, *inputs: sampler.model.embed_prefix(*inputs), observation)
-    prefix, cached = stage(Sampler.prefix, *tokens, observation.state)
-    steps, _ = stage(Sampler.steps, noise, *cached)
+    prefix, cached = stage(Sampler.prefix, *tokens)
+    steps, _ = stage(Sampler.steps, observation.state, noise, *cached)
     assert vision == cost.vision.flops
-    assert steps == cost.evaluations * cost.step.flops
-    # The last layer gives the state's query with its key and value, and nobody needs it: no floor counts it.
-    state, expert = prefix - cost.prefix.flops, size.action_expert
-    unused = 0 if size.pi05 else batch * 2 * expert.width * expert.num_heads * expert.head_dim
-    assert state - unused == cost.state.flops == pytest.approx(state, rel=0.02)
+    assert prefix == cost.prefix.flops
+    # In the last layer only the state's key and value are needed: no floor counts the rest of its row.
+    expert, keys = size.action_expert, size.suffix_len + CAMERAS * size.tokens_per_image + size.max_token_len
+    query_and_out = 2 * expert.width * expert.num_heads * expert.head_dim
+    attention = 2 * keys * expert.num_heads * expert.head_dim
+    unused = 0 if size.pi05 else batch * 2 * (query_and_out + 3 * expert.width * expert.mlp_dim + attention)
+    assert steps == cost.evaluations * cost.step.flops + cost.state.flops + unused

@@ -22,7 +22,7 @@ from pi0fast.pi0 import check_kernels
 from pi0fast.rtc import RtcConfig
 from tests.aot import h100
 
-STAGES = ("siglip", "prefix", "state")
+STAGES = ("siglip", "prefix", "suffix")
 
 
 def main(preset: str, kernels: str, kind: str = "plain", written: str | None = None) -> None:
