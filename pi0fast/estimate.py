@@ -25,7 +25,7 @@ CLOCKS = {"v5 lite": 1.5e9, "v5e": 1.5e9, "v5p": 1.75e9, "v5": 1.75e9, "v6 lite"
 # Matrix products of our attention kernels for GPUs, each of 2 B T N C S operations.
 ATTENTION_PRODUCTS = {"prefix_lm_attention_forward": 2, "prefix_lm_attention_dq": 3, "prefix_lm_attention_dkv": 4}
 # The `jax.named_scope`s of the trainer's step and of the policy's call.
-STAGES = ("augment", "draw", "siglip", "embed_prompt", "prefix", "state", "suffix", "loss", "optimizer", "metrics")
+STAGES = ("augment", "draw", "siglip", "embed_prompt", "prefix", "suffix", "loss", "optimizer", "metrics")
 NOT_TIMED = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota")
 
 

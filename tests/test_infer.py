@@ -97,7 +97,7 @@ def test_the_command_prints_and_draws(run, policy, demo_dataset, tmp_path, monke
     traced = json.loads(path.read_text())
     assert (traced["program"], traced["calls"]) == ("jit_sample", 2) and list(path.parent.glob("*.xplane.pb"))
     share = {stage["name"]: stage["share"] for stage in traced["stages"]}
-    assert {"siglip", "prefix", "state", "suffix"} <= share.keys() and share.get("other", 0) < 0.1
+    assert {"siglip", "prefix", "suffix"} <= share.keys() and share.get("other", 0) < 0.1
     assert sum(share.values()) == pytest.approx(1)
     assert "Measured by the trace, 2 x jit_sample" in printed
 
