@@ -1,7 +1,7 @@
 """Test-wide settings: eight virtual CPU devices, shapes checked as the code runs, one small demo data set.
 
-Kernels run in interpreters, Triton's and Pallas's for TPUs and GPUs; with JAX_PLATFORMS=cuda, tests/kernels/test_on_gpu.py runs
-Triton's on a GPU.
+Kernels run in interpreters, Triton's and Pallas's for TPUs and GPUs; with JAX_PLATFORMS=cuda,
+tests/kernels/test_on_gpu.py runs Triton's on a GPU.
 """
 
 import dataclasses

@@ -16,8 +16,9 @@ from pi0fast_kernels.prefix_lm_attention import jax_nn, reference
 
 Implementation = Literal["reference", "triton", "mosaic_gpu", "mosaic_tpu", "xla", "cudnn"]
 
-# What None tries, by platform. Not yet measured: profiles/README.md says what has been. `mosaic_gpu` has to be named: it
-# has run in an interpreter only, which does not see whether registers or shared memory change under a wgmma in flight.
+# What None tries, by platform. Not yet measured: profiles/README.md says what has been. `mosaic_gpu` must be named:
+# it has run in an interpreter only, which does not see whether registers or shared memory change under a wgmma in
+# flight.
 ORDER = {"cuda": ("triton", "reference"), "tpu": ("mosaic_tpu", "reference")}
 
 # Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward pass needs beside the arguments. A remat policy that
