@@ -1,0 +1,191 @@
+"""Gradient of the queries for Hopper: a block of threads for each tile of queries, over the keys that it sees.
+
+Why: as in mosaic_gpu_dkv.py, dq stays on chip until it is summed, so nothing is added in memory and results are the
+same from run to run.
+
+Each of two warpgroups has `ROWS` queries, q and dout of them in shared memory for good, and multiplies S = q kᵀ and
+dP = dout vᵀ at once; the weights P are made of S while dP is multiplied, then dS = P (dP − delta), then dq += dS k.
+While one warpgroup makes weights, the other has the tensor cores. The third copies tiles of k and v in turn, into
+`slots` that both share.
+
+Numerics: products accumulate in float32; dS is rounded to bfloat16 before it multiplies k.
+
+Backend: as mosaic_gpu_dkv.py.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pi0fast_kernels import _dispatch
+from pi0fast_kernels._mosaic_gpu import launch
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
+    BY_COLUMN,
+    BY_ROW,
+    DELTA,
+    END,
+    LOG2_E,
+    LSE,
+    START,
+    over_columns,
+    over_rows,
+    tile,
+    width,
+)
+
+ROWS = 64  # of one warpgroup
+CONSUMERS = 2
+PRODUCER = CONSUMERS
+QUERIES = ROWS * CONSUMERS  # of one block of threads
+REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread; 65536 in all
+
+
+@dataclass(frozen=True)
+class Tile:
+    """keys: of one step, a multiple of 64. slots: tiles of k or v that are held at once, at least two."""
+
+    keys: int
+    slots: int
+
+
+def gradient(
+    hulls: Int[Array, "B tiles 4"],
+    rows: Float[Array, "B N vectors padded"],
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    dout: Float[Array, "B T N C"],
+    *,
+    scale: float,
+    tile_size: Tile,
+    device: _dispatch.Device,
+) -> Float[Array, "B T N C"]:
+    """dq.
+
+    hulls: of each `QUERIES` queries the first block of keys that any sees, the last (exclusive), and between which keys
+        all that see any see all.
+    """
+    b, _, n, c = q.shape
+    wide = width(c)
+    (dq,) = launch(
+        partial(_kernel, scale=scale, sizes=tile_size, group=n // k.shape[2]),
+        [hulls, rows, q, k, v, dout],
+        [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        name="prefix_lm_attention_dq",
+        device=device,
+        grid={"batch": b, "head": n, "tile": hulls.shape[1]},
+        warpgroups=CONSUMERS + 1,
+        scratch=[
+            tile(CONSUMERS, ROWS, wide),
+            tile(CONSUMERS, ROWS, wide),
+            tile(tile_size.slots, tile_size.keys, wide),
+            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_barriers=tile_size.slots),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile_size.slots),
+        ],
+    )
+    return dq
+
+
+def _kernel(
+    hulls,
+    rows,
+    q,
+    k,
+    v,
+    dout,
+    dq,
+    q_tiles,
+    dout_tiles,
+    key_tiles,
+    rows_loaded,
+    loaded,
+    released,
+    *,
+    scale: float,
+    sizes: Tile,
+    group: int,
+):
+    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
+    last = hulls.shape[1] - 1
+    tile_index = last - lax.axis_index("tile")  # the last queries see most under a causal mask: they go first
+    first_block, last_block, whole_from, whole_to = (hulls[batch, tile_index, i] for i in range(4))
+    columns = pl.ds(warpgroup * 0, q_tiles.shape[-1])  # copies fill what is past the head's with zeros, or drop it
+
+    def slot(copy):
+        return lax.rem(copy, sizes.slots)
+
+    @pl.when(warpgroup == PRODUCER)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        @pl.loop(0, last_block - first_block)
+        def _(step):
+            keys = pl.ds((first_block + step) * sizes.keys, sizes.keys)
+            for of, copy in ((k, 2 * step), (v, 2 * step + 1)):
+
+                @pl.when(copy >= sizes.slots)
+                def _(copy=copy):
+                    plgpu.barrier_wait(released.at[slot(copy)])
+
+                source = of.at[batch, keys, lax.div(head, group), columns]
+                plgpu.copy_gmem_to_smem(source, key_tiles.at[slot(copy)], loaded.at[slot(copy)])
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(REGISTERS, action="increase")
+        queries = pl.ds(tile_index * QUERIES + warpgroup * ROWS, ROWS)
+        here = batch, queries, head, columns
+        q_tile, dout_tile = q_tiles.at[warpgroup], dout_tiles.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[here], q_tile, rows_loaded.at[warpgroup])
+        plgpu.copy_gmem_to_smem(dout.at[here], dout_tile, rows_loaded.at[warpgroup])
+        square = ROWS, sizes.keys
+
+        def vector(which):
+            return plgpu.load(rows.at[batch, head, which, queries], layout=BY_ROW, optimized=False)
+
+        lse, delta, start, end = map(vector, (LSE, DELTA, START, END))
+        plgpu.barrier_wait(rows_loaded.at[warpgroup])
+
+        def masked(dlogits, first_key):
+            key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_COLUMN) + first_key
+            key = over_rows(key.astype(jnp.float32), square)
+            return jnp.where((over_columns(start, square) <= key) & (key < over_columns(end, square)), dlogits, 0.0)
+
+        def run(total):
+            @pl.loop(0, last_block - first_block)
+            def _(step):
+                k_slot, v_slot = slot(2 * step), slot(2 * step + 1)
+                first_key = (first_block + step) * sizes.keys
+
+                def products(logits, dweights):
+                    plgpu.barrier_wait(loaded.at[k_slot])
+                    plgpu.wgmma(logits, q_tile, key_tiles.at[k_slot].T)
+                    plgpu.barrier_wait(loaded.at[v_slot])
+                    plgpu.wgmma(dweights, dout_tile, key_tiles.at[v_slot].T)
+                    logits = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+                    weights = jnp.exp2(logits * (scale * LOG2_E) - over_columns(lse, square))
+                    return weights, dweights[...]
+
+                weights, dweights = pl.run_scoped(products, *2 * [plgpu.ACC(square, jnp.float32)])
+                plgpu.barrier_arrive(released.at[v_slot])
+                dlogits = weights * (dweights - over_columns(delta, square))
+                partly = (first_key < whole_from) | (first_key + sizes.keys > whole_to)
+                dlogits = lax.cond(partly, lambda: masked(dlogits, first_key), lambda: dlogits)
+                plgpu.wgmma(total, dlogits.astype(jnp.bfloat16), key_tiles.at[k_slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(released.at[k_slot])
+
+            return total[...] * scale
+
+        total = pl.run_scoped(run, plgpu.ACC((ROWS, q_tiles.shape[-1]), jnp.float32))
+        q_tile[...] = total.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_tile, dq.at[here])
+        plgpu.wait_smem_to_gmem(0)
