@@ -1,0 +1,298 @@
+"""What the compiler makes of the attention kernels for Hopper, and of peers', and what follows for their speed.
+
+    python -m bench.mosaic_gpu_resources                               prints the tables
+    python -m bench.mosaic_gpu_resources --only=shipped                the kernels as they ship, no grid, no peers
+    python -m bench.mosaic_gpu_resources --out=profiles/<folder>       writes them there, with the raw figures
+
+Compiles for an H100 that is not there: JAX's own compiler, the assembler's report and the machine code. Registers,
+spills and instructions are the compiler's figures. Cycles and times are derived from them by `bench.hopper_model`.
+None was measured.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import compiler_figures, hopper_model, sass
+
+ROOT = Path(__file__).parent.parent
+SHARED_MEMORY = 232_448  # that one program may use on sm_90 (CUDA C++ Programming Guide, technical specifications)
+GROUPS = ("shipped", "grid", "peers")
+INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU.EX2", "LDS", "STS", "LDL", "STL", "BAR", "WARPGROUP.DEPBAR")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One kernel, for one case. As the compiler says:
+
+    registers: of a thread at launch; highest: the largest number of one in the code, after warpgroups have traded them.
+    spilled: bytes of the stack, in local memory. shared: bytes. notes: of the assembler on wgmma (C75xx), which mean
+    that it waits where it need not. instructions: in the whole kernel. loops: the innermost ones with wgmma.
+
+    As derived: cycles of a block, and seconds of the case, by `hopper_model`; None where no loop has a matrix product.
+    """
+
+    contender: str
+    kernel: str
+    case: str
+    config: str
+    shipped: bool
+    registers: int
+    highest: int
+    spilled: int
+    shared: int
+    notes: list[str]
+    instructions: dict[str, int]
+    loops: list[dict[str, Any]]
+    work: dict[str, Any]
+    cycles: dict[str, Any] | None = None
+    seconds: dict[str, Any] | None = None
+
+    @property
+    def complaints(self) -> list[str]:
+        """What a kernel that ships may not do."""
+        local = self.instructions["LDL"] + self.instructions["STL"]
+        found = [f"spills {self.spilled} B"] if self.spilled else []
+        found += [f"{local} accesses of local memory"] if local and not self.spilled else []
+        found += [f"{self.shared} B of shared memory, of {SHARED_MEMORY}"] if self.shared > SHARED_MEMORY else []
+        found += ["wgmma serialized" if "serialized" in note else note for note in self.notes]
+        found += [f"no {name}" for name in ("HGMMA", "UTMALDG") if not self.instructions[name]]
+        return found
+
+
+# ── Collected in a process of its own: what is dumped is read from the environment when JAX is imported ───────────────
+
+
+def collect(groups: Sequence[str] = GROUPS) -> list[Figures]:
+    """Figures of every kernel of these groups."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "MOSAIC_GPU_DUMP_SASS": "1",
+            "MOSAIC_GPU_DUMP_TO": str(Path(folder, "dump")),
+            "CUDA_ROOT": str(_cuda_root(Path(folder, "cuda"))),
+        }
+        environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
+        Path(folder, "dump").mkdir()
+        command = [sys.executable, "-m", "bench.mosaic_gpu_resources", "--collect", *groups]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return [Figures(**json.loads(line)) for line in lines]
+
+
+def _cuda_root(folder: Path) -> Path:
+    """JAX's CUDA tools with a disassembler beside them, as Mosaic looks for one: its wheels have none, Triton's has."""
+    wheel = importlib.util.find_spec("nvidia.cu13")
+    places = list(wheel.submodule_search_locations or ()) if wheel else []
+    source = Path(next((place for place in places if Path(place, "bin/ptxas").exists()), "/usr/local/cuda"))
+    shutil.copytree(source, folder, copy_function=os.symlink, symlinks=True)
+    if not (folder / "bin/nvdisasm").exists():
+        triton = importlib.util.find_spec("triton")
+        within = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm" if triton and triton.origin else None
+        found = str(within) if within and within.exists() else shutil.which("nvdisasm")
+        if found is None:
+            raise FileNotFoundError("no nvdisasm; install triton, or nvidia-cuda-nvdisasm and put it on PATH")
+        (folder / "bin/nvdisasm").symlink_to(found)
+    return folder
+
+
+def _collect_here(groups: Sequence[str]) -> Iterator[Figures]:
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from bench import hopper_programs
+    from pi0fast import mesh, targets
+
+    dumped = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    at = NamedSharding(mesh.make("fsdp:1", targets.devices("h100:1")), PartitionSpec())
+    with hopper_programs.pretended():
+        for group in groups:
+            for program in hopper_programs.GROUPS[group]():
+                before = set(dumped.glob("*.ptxas"))
+                arguments = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), program.arguments
+                )
+                with jax.sharding.use_abstract_mesh(hopper_programs.DEVICE):
+                    lowered = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("cuda",))
+                lowered.compile()
+                reports = sorted(set(dumped.glob("*.ptxas")) - before, key=_number)
+                assert len(reports) == len(program.kernels), f"{program.config}: {[path.name for path in reports]}"
+                for path, kernel in zip(reports, program.kernels, strict=True):
+                    if kernel is not None:
+                        yield read(path, program, *kernel)
+
+
+def _number(report: Path) -> int:
+    """Kernels are numbered as they are compiled."""
+    return int(report.stem.rpartition("_")[2])
+
+
+def read(report: Path, program: Any, kernel: str, work: hopper_model.Work) -> Figures:
+    """From what Mosaic GPU writes about a kernel."""
+    said, resources = report.read_text(), report.with_suffix(".resources.txt").read_text()
+    code = sass.Code(report.with_suffix(".sass_ctrl").read_text())
+    loops = list(code.loops())
+    cycles = seconds = None
+    if loops:
+        cycles = dataclasses.asdict(hopper_model.cycles(work, loops))
+        masked = hopper_model.cycles(work, loops, masked=True)
+        cycles |= {"masked": masked.bound, "bound": hopper_model.cycles(work, loops).bound}
+        seconds = dataclasses.asdict(hopper_model.estimate(program.case, work, loops, 0))
+    return Figures(
+        contender=program.contender,
+        kernel=kernel,
+        case=program.case.name,
+        config=program.config,
+        shipped=program.shipped,
+        registers=_one(r"Used (\d+) registers", said),
+        highest=max(
+            int(number) for number in re.findall(r"\bR(\d+)\b", " ".join(x.operands for x in code.instructions))
+        ),
+        spilled=_one(r"(\d+) bytes stack frame", said),
+        shared=shared_memory(resources),
+        notes=sorted(set(re.findall(r"\(C75\d+\) ([^\n]*)", said))),
+        instructions={name: code.whole.count(name) for name in INSTRUCTIONS},
+        loops=[{"least": described(loop.least), "most": described(loop.most)} for loop in loops],
+        work=dataclasses.asdict(work),
+        cycles=cycles,
+        seconds=seconds,
+    )
+
+
+def shared_memory(resources: str) -> int:
+    """Bytes: what a kernel keeps there, and eight for each barrier."""
+    barriers = re.findall(r"num_barriers=(\d+)[^()]*\): (\d+)", resources)
+    return _one(r"smem_scratch_bytes=(\d+)", resources) + 8 * sum(int(size) * int(count) for size, count in barriers)
+
+
+def described(path: sass.Path) -> dict[str, Any]:
+    products = {
+        f"m{m}n{n}k{k}" + (" from registers" if registers else ""): count
+        for (m, n, k, registers), count in sorted(path.matrix_products.items())
+    }
+    counts = {name: path.count(name) for name in INSTRUCTIONS}
+    counts["LDS"] += path.count("LDSM")
+    counts["STS"] += path.count("STSM")
+    return {"instructions": len(path.instructions), "stalls": path.stalls, "products": products, **counts}
+
+
+def _one(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern!r} in {text!r}"
+    return int(found[1])
+
+
+# ── Reported ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """Markdown: what the compiler says of each kernel, and what is in one iteration of its loops."""
+    lines = ["| | kernel | case | tiles | registers | spilled B | shared B | wgmma in each loop | instructions |"]
+    lines[0] += " MUFU | LDS, STS | LDL, STL | UTMALDG | wrong |"
+    lines.append("|---|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|--:|---|")
+    for each in figures:
+        inner = [loop["least"] for loop in each.loops]
+        products = "; ".join(_products(loop) for loop in inner)
+        cells = (
+            each.contender,
+            each.kernel,
+            each.case,
+            each.config,
+            f"{each.registers}, R{each.highest}",
+            str(each.spilled),
+            str(each.shared),
+            products or "none in a loop",
+            "; ".join(_span(loop["least"]["instructions"], loop["most"]["instructions"]) for loop in each.loops),
+            "; ".join(str(loop["MUFU.EX2"]) for loop in inner),
+            "; ".join(f"{loop['LDS']}, {loop['STS']}" for loop in inner),
+            "; ".join(f"{loop['LDL']}, {loop['STL']}" for loop in inner),
+            str(each.instructions["UTMALDG"]),
+            "; ".join(each.complaints),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _products(loop: dict[str, Any]) -> str:
+    return " + ".join(f"{count} {shape}" for shape, count in loop["products"].items())
+
+
+def _span(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least}–{most}"
+
+
+def ranking(figures: Sequence[Figures]) -> str:
+    """Markdown: derived times, the least first, of each kernel and case; what is wrong with a kernel puts it last."""
+    lines = ["| kernel | case | tiles | tensor | issue | exp | shared | L2 | one warpgroup | limit | balance |"]
+    lines[0] += " derived µs: overlapped, not within a warpgroup |"
+    lines.append("|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|")
+    for each in ranked(figures):
+        assert each.cycles and each.seconds
+        units = ("tensor", "issue", "exponential", "shared", "l2", "alone")
+        times = f"{each.seconds['overlapped'] * 1e6:.0f}, {each.seconds['alone'] * 1e6:.0f}"
+        name = f"**{each.config}**" if each.shipped else each.config
+        cells = [each.kernel, each.case, name, *(f"{each.cycles[unit]:.0f}" for unit in units), each.seconds["limit"]]
+        cells += [f"{each.seconds['balance']:.0%}", times + "".join(f"; {wrong}" for wrong in each.complaints)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ranked(figures: Sequence[Figures]) -> list[Figures]:
+    """Ours that have been estimated: by kernel and case in the order of the figures, then by derived time."""
+    mine = [each for each in figures if each.contender == "pi0fast" and each.seconds]
+    order = list(dict.fromkeys((each.case, each.kernel) for each in mine))
+
+    def key(each: Figures) -> tuple[Any, ...]:
+        assert each.seconds
+        times = each.seconds["alone"] + each.seconds["overlapped"]
+        return order.index((each.case, each.kernel)), bool(each.complaints), times
+
+    return sorted(mine, key=key)
+
+
+def report(figures: Sequence[Figures], source: dict[str, str]) -> str:
+    """All of README.md; what was learned is written by hand, below a line that this leaves out."""
+    return f"""# What the compiler makes of the Hopper attention kernels
+
+Made by `python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)}). **No GPU was there: nothing here was
+measured.**
+
+## Figures of the compiler
+
+Registers at launch and the highest number used; one iteration of each innermost loop with wgmma, on its shortest way
+(where there are two numbers of instructions, on the shortest and the longest: a block without and with a mask).
+
+{table([each for each in figures if each.shipped])}
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Figures of the compiler for every attention kernel for Hopper.")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="all by default")
+    parser.add_argument("--out", type=Path, help="the folder to write README.md and resources.json to")
+    parser.add_argument("--collect", nargs="+", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.collect:
+        for figures in _collect_here(chosen.collect):
+            print(json.dumps(dataclasses.asdict(figures)), flush=True)
+        return
+    figures = collect(chosen.only)
+    print(table(figures))
+    print(ranking(figures))
+
+
+if __name__ == "__main__":
+    main()
