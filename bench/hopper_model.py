@@ -158,6 +158,7 @@ def tiles(case: Any, work: Work) -> list[tuple[int, int]]:
         if not work.heads_apart:
             start, end = np.repeat(start, heads), np.repeat(end, heads)
         one_head = _by_keys(start, end, case.keys, work) if work.by_keys else _by_rows(start, end, work)
+        one_head += [(0, 0)] * (-len(one_head) % work.sharing)  # a cluster is never shared by two heads
         if work.heads_apart and work.by_keys:
             one_head = [(heads * blocks, heads * masked) for blocks, masked in one_head]
         copies = case.kv_heads * (heads if work.heads_apart and not work.by_keys else 1)
@@ -191,12 +192,12 @@ def _by_keys(start: np.ndarray, end: np.ndarray, keys: int, work: Work) -> list[
 
 
 def _split(blocks: tuple[int, int], splits: int) -> Iterable[tuple[int, int]]:
-    """The blocks of a tile, divided; masked ones are at an end, so one part has them."""
+    """The blocks of a tile, divided; masked ones are its last."""
     count, masked = blocks
     each = -(-count // splits)
     for part in range(splits):
-        here = max(0, min(each, count - part * each))
-        yield here, min(here, masked) if part == splits - 1 else 0
+        first, last = min(part * each, count), min((part + 1) * each, count)
+        yield last - first, max(0, last - max(first, count - masked))
 
 
 def makespan(tile_cycles: Iterable[float], workers: int = SMS) -> float:

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,34 +18,97 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from bench import peers
 from bench.hopper_model import Work
+from pi0fast_kernels import _dispatch
+from pi0fast_kernels.prefix_lm_attention import (
+    mosaic_gpu_backward,
+    mosaic_gpu_dkv,
+    mosaic_gpu_dq,
+    mosaic_gpu_tiles,
+)
 from pi0fast_kernels.prefix_lm_attention.cases import CASES, Case
 
-DEVICE = AbstractMesh(
-    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-)
+KIND, SMS = "NVIDIA H100 80GB HBM3", 132
+DEVICE = _dispatch.Device("cuda", KIND, 90, SMS)
+MESH = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=KIND, num_cores=SMS, platform="cuda"))
 NAMED = {case.name: case for case in CASES}
+
+
+Tile = dict[str, int]  # how a kernel cuts up its work: the fields of its own dataclass
 
 
 @dataclass(frozen=True)
 class Program:
     """One thing to compile.
 
-    kernels: what it has of ours or a peer's, in the order in which they are compiled, each with its work; None for one
-        that is of no interest. case: which shapes. config: how it cuts them up, in words.
+    kernels: what it has, in the order in which they are compiled: name, tile and work; None for one that is of no
+        interest.
     """
 
     contender: str
     case: Case
-    config: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    kernels: tuple[tuple[str, Work] | None, ...]
+    kernels: tuple[tuple[str, Tile, Work] | None, ...]
     shipped: bool = True
 
 
 def gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     """Of the sum of its squares."""
     return jax.grad(lambda *arrays: jnp.sum(jnp.square(function(*arrays).astype(jnp.float32))), (0, 1, 2))
+
+
+# ── Ours ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shipped() -> Iterator[Program]:
+    """Every case, and the head dimensions that no case has, with the tiles that it is given."""
+    gqa, inference = NAMED["causal_gqa"], NAMED["pi0_inference"]
+    others = [dataclasses.replace(gqa, name="causal_gqa_64", head_dim=64)]
+    others += [dataclasses.replace(inference, name=f"pi0_inference_{c}", head_dim=c) for c in (64, 128)]
+    for case in (*CASES, *others):
+        if "inference" not in case.name:
+            yield backward(case, mosaic_gpu_backward.tuning(case.head_dim))
+
+
+def grid() -> Iterator[Program]:
+    """Tiles that might do better, for one case of each head dimension."""
+    for name in ("pi0_prefix", "siglip", "causal_gqa"):
+        case = NAMED[name]
+        chosen = mosaic_gpu_backward.tuning(case.head_dim)
+        dq = (mosaic_gpu_dq.Tile(keys, slots) for keys in (64, 128) for slots in (2, 3, 4, 6))
+        dkv = (
+            mosaic_gpu_dkv.Tile(64, queries, stages, cluster)
+            for queries in (64, 128)
+            for stages in (1, 2, 3)
+            for cluster in (1, 2, 4)
+        )
+        for one, other in itertools.zip_longest(dq, dkv):  # one program compiles both kernels
+            config = mosaic_gpu_backward.TuningConfig(one or chosen.dq, other or chosen.dkv)
+            yield backward(case, config, shipped=False)
+
+
+def backward(case: Case, config: mosaic_gpu_backward.TuningConfig, *, shipped: bool = True) -> Program:
+    arguments = jax.eval_shape(lambda: _backward_inputs(case))
+    run = partial(mosaic_gpu_backward.backward, scale=case.scale, device=DEVICE, config=config)
+    apart = case.kv_heads > 1
+    head_dim = mosaic_gpu_tiles.width(case.head_dim)
+    dq = Work(3, mosaic_gpu_dq.QUERIES, config.dq.keys, head_dim, heads_apart=apart)
+    of = config.dkv
+    dkv = Work(4, of.queries, of.keys, head_dim, by_keys=True, heads_apart=apart, sharing=of.cluster)
+    kernels = ("dq", dataclasses.asdict(config.dq), dq), ("dkv", dataclasses.asdict(of), dkv)
+    return Program("pi0fast", case, run, arguments, kernels, shipped)
+
+
+def _inputs(case: Case) -> tuple[jax.Array, ...]:
+    """q, k, v and ranges, as the op gives them to a kernel."""
+    q, k, v, start, end = case.inputs()
+    tokens = case.batch, case.queries
+    return q, k, v, *(jnp.zeros(tokens, jnp.int32) if x is None else x for x in (start, end))
+
+
+def _backward_inputs(case: Case) -> tuple[jax.Array, ...]:
+    inputs = _inputs(case)
+    return *inputs, inputs[0], jnp.zeros(inputs[0].shape[:3]), inputs[0]
 
 
 # ── Peers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,18 +138,16 @@ def jax_own() -> Iterator[Program]:
         forward = Work(2, 128, keys, head_dim, heads_apart=True)
         dq = Work(3, 64, 64, head_dim, heads_apart=True, consumers=1)
         dkv = dataclasses.replace(dq, products=4, by_keys=True)
-        at = f"896 tokens, forward 128 × {keys}, backward 64 × 64"
-        yield Program("jax", case, at, attention, arguments, (("forward", forward),))
-        yield Program("jax", case, at, gradients(attention), arguments, (None, ("dq", dq), ("dkv", dkv)))
+        yield from _both("jax", case, attention, arguments, (forward, dq, dkv))
 
 
 class H100(NamedTuple):
     """The device that tokamax asks for."""
 
     platform: str = "gpu"
-    device_kind: str = "NVIDIA H100 80GB HBM3"
+    device_kind: str = KIND
     compute_capability: str = "9.0"
-    core_count: int = 132
+    core_count: int = SMS
 
 
 def tokamax() -> Iterator[Program]:
@@ -104,9 +167,17 @@ def tokamax() -> Iterator[Program]:
         forward = Work(2, 128, keys, head_dim, heads_apart=True)
         dq = Work(3, 64, 64, head_dim, heads_apart=True, consumers=1)
         dkv = dataclasses.replace(dq, products=4, by_keys=True)
-        at = f"untuned: forward 128 × {keys}, backward 64 × 64"
-        yield Program("tokamax", case, at, attention, arguments, (("forward", forward),))
-        yield Program("tokamax", case, at, gradients(attention), arguments, (None, ("dq", dq), ("dkv", dkv)))
+        yield from _both("tokamax", case, attention, arguments, (forward, dq, dkv))
+
+
+def _both(contender: str, case: Case, attention: Any, arguments: Any, works: tuple[Work, ...]) -> Iterator[Program]:
+    """Its forward pass, and its backward pass, which is compiled after a forward pass of its own."""
+    first, *backward = (
+        (name, {"rows": work.rows, "keys": work.keys}, work)
+        for name, work in zip(("forward", "dq", "dkv"), works, strict=True)
+    )
+    yield Program(contender, case, attention, arguments, (first,))
+    yield Program(contender, case, gradients(attention), arguments, (None, *backward))
 
 
 @contextmanager
@@ -121,5 +192,7 @@ def pretended() -> Iterator[None]:
 
 
 GROUPS: dict[str, Callable[[], Iterator[Program]]] = {
+    "shipped": shipped,
+    "grid": grid,
     "peers": lambda: (*jax_own(), *tokamax()),
 }

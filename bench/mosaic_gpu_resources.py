@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ class Figures:
     """One kernel, for one case. As the compiler says:
 
     registers: of a thread at launch; highest: the largest number of one in the code, after warpgroups have traded them.
-    spilled: bytes of the stack, in local memory. shared: bytes. notes: of the assembler on wgmma (C75xx), which mean
-    that it waits where it need not. instructions: in the whole kernel. loops: the innermost ones with wgmma.
+    spilled: bytes of the stack, in local memory. shared: bytes. notes: of the assembler on wgmma (C75xx). instructions:
+    in the whole kernel. loops: the innermost ones with wgmma.
 
     As derived: cycles of a block, and seconds of the case, by `hopper_model`; None where no loop has a matrix product.
     """
@@ -46,7 +46,7 @@ class Figures:
     contender: str
     kernel: str
     case: str
-    config: str
+    tile: dict[str, int]
     shipped: bool
     registers: int
     highest: int
@@ -66,16 +66,43 @@ class Figures:
         found = [f"spills {self.spilled} B"] if self.spilled else []
         found += [f"{local} accesses of local memory"] if local and not self.spilled else []
         found += [f"{self.shared} B of shared memory, of {SHARED_MEMORY}"] if self.shared > SHARED_MEMORY else []
-        found += ["wgmma serialized" if "serialized" in note else note for note in self.notes]
+        found += ["wgmma serialized"] if any("serialized" in note for note in self.notes) else []
         found += [f"no {name}" for name in ("HGMMA", "UTMALDG") if not self.instructions[name]]
         return found
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A program that was not compiled, and why."""
+
+    contender: str
+    case: str
+    tiles: list[str]
+    shipped: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Collected:
+    figures: list[Figures]
+    refusals: list[Refusal]
+
+    @property
+    def complaints(self) -> list[str]:
+        """Of what ships."""
+        wrong = [f"{each.kernel} of {each.case}: {problem}" for each in self._ours for problem in each.complaints]
+        return wrong + [f"{each.tiles} of {each.case}: {each.reason}" for each in self.refusals if each.shipped]
+
+    @property
+    def _ours(self) -> list[Figures]:
+        return [each for each in self.figures if each.shipped and each.contender == "pi0fast"]
 
 
 # ── Collected in a process of its own: what is dumped is read from the environment when JAX is imported ───────────────
 
 
-def collect(groups: Sequence[str] = GROUPS) -> list[Figures]:
-    """Figures of every kernel of these groups."""
+def collect(groups: Sequence[str] = GROUPS, case: str = "") -> Collected:
+    """Every kernel of these groups; of one case, if that is given."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
@@ -87,10 +114,11 @@ def collect(groups: Sequence[str] = GROUPS) -> list[Figures]:
         }
         environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
         Path(folder, "dump").mkdir()
-        command = [sys.executable, "-m", "bench.mosaic_gpu_resources", "--collect", *groups]
+        command = [sys.executable, "-m", "bench.mosaic_gpu_resources", "--collect", *groups, f"--case={case}"]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return [Figures(**json.loads(line)) for line in lines]
+    entries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    refusals = [Refusal(**entry) for entry in entries if "reason" in entry]
+    return Collected([Figures(**entry) for entry in entries if "reason" not in entry], refusals)
 
 
 def _cuda_root(folder: Path) -> Path:
@@ -109,7 +137,7 @@ def _cuda_root(folder: Path) -> Path:
     return folder
 
 
-def _collect_here(groups: Sequence[str]) -> Iterator[Figures]:
+def _collect_here(groups: Sequence[str], case: str) -> Iterator[Figures | Refusal]:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -121,17 +149,26 @@ def _collect_here(groups: Sequence[str]) -> Iterator[Figures]:
     with hopper_programs.pretended():
         for group in groups:
             for program in hopper_programs.GROUPS[group]():
+                if case not in ("", program.case.name):
+                    continue
                 before = set(dumped.glob("*.ptxas"))
                 arguments = jax.tree.map(
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), program.arguments
                 )
-                with jax.sharding.use_abstract_mesh(hopper_programs.DEVICE):
-                    lowered = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("cuda",))
-                lowered.compile()
+                try:
+                    with jax.sharding.use_abstract_mesh(hopper_programs.MESH):
+                        lowered = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("cuda",))
+                    lowered.compile()
+                except Exception as problem:
+                    reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+                    tiles = [f"{name}: {in_words(tile)}" for name, tile, _ in filter(None, program.kernels)]
+                    yield Refusal(program.contender, program.case.name, tiles, program.shipped, reason)
+                    continue
                 reports = sorted(set(dumped.glob("*.ptxas")) - before, key=_number)
-                assert len(reports) == len(program.kernels), f"{program.config}: {[path.name for path in reports]}"
+                assert len(reports) == len(program.kernels), [path.name for path in reports]
                 for path, kernel in zip(reports, program.kernels, strict=True):
                     if kernel is not None:
+                        assert program.contender != "pi0fast" or kernel[0] in path.stem, path
                         yield read(path, program, *kernel)
 
 
@@ -140,7 +177,7 @@ def _number(report: Path) -> int:
     return int(report.stem.rpartition("_")[2])
 
 
-def read(report: Path, program: Any, kernel: str, work: hopper_model.Work) -> Figures:
+def read(report: Path, program: Any, kernel: str, tile: dict[str, int], work: hopper_model.Work) -> Figures:
     """From what Mosaic GPU writes about a kernel."""
     said, resources = report.read_text(), report.with_suffix(".resources.txt").read_text()
     code = sass.Code(report.with_suffix(".sass_ctrl").read_text())
@@ -155,7 +192,7 @@ def read(report: Path, program: Any, kernel: str, work: hopper_model.Work) -> Fi
         contender=program.contender,
         kernel=kernel,
         case=program.case.name,
-        config=program.config,
+        tile=tile,
         shipped=program.shipped,
         registers=_one(r"Used (\d+) registers", said),
         highest=max(
@@ -210,7 +247,7 @@ def table(figures: Sequence[Figures]) -> str:
             each.contender,
             each.kernel,
             each.case,
-            each.config,
+            in_words(each.tile),
             f"{each.registers}, R{each.highest}",
             str(each.spilled),
             str(each.shared),
@@ -224,6 +261,11 @@ def table(figures: Sequence[Figures]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def in_words(tile: Mapping[str, int]) -> str:
+    """keys 64, stages 2"""
+    return ", ".join(f"{name} {size}" for name, size in tile.items())
 
 
 def _products(loop: dict[str, Any]) -> str:
@@ -243,7 +285,7 @@ def ranking(figures: Sequence[Figures]) -> str:
         assert each.cycles and each.seconds
         units = ("tensor", "issue", "exponential", "shared", "l2", "alone")
         times = f"{each.seconds['overlapped'] * 1e6:.0f}, {each.seconds['alone'] * 1e6:.0f}"
-        name = f"**{each.config}**" if each.shipped else each.config
+        name = f"**{in_words(each.tile)}**" if each.shipped else in_words(each.tile)
         cells = [each.kernel, each.case, name, *(f"{each.cycles[unit]:.0f}" for unit in units), each.seconds["limit"]]
         cells += [f"{each.seconds['balance']:.0%}", times + "".join(f"; {wrong}" for wrong in each.complaints)]
         lines.append(f"| {' | '.join(cells)} |")
@@ -282,16 +324,21 @@ Registers at launch and the highest number used; one iteration of each innermost
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Figures of the compiler for every attention kernel for Hopper.")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="all by default")
+    parser.add_argument("--case", default="", help="all by default")
     parser.add_argument("--out", type=Path, help="the folder to write README.md and resources.json to")
     parser.add_argument("--collect", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.collect:
-        for figures in _collect_here(chosen.collect):
-            print(json.dumps(dataclasses.asdict(figures)), flush=True)
+        for entry in _collect_here(chosen.collect, chosen.case):
+            print(json.dumps(dataclasses.asdict(entry)), flush=True)
         return
-    figures = collect(chosen.only)
-    print(table(figures))
-    print(ranking(figures))
+    found = collect(chosen.only, chosen.case)
+    print(table(found.figures))
+    print(ranking(found.figures))
+    for refusal in found.refusals:
+        print(refusal)
+    if found.complaints:
+        sys.exit("\n".join(found.complaints))
 
 
 if __name__ == "__main__":

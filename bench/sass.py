@@ -36,8 +36,9 @@ class Instruction:
 
     @property
     def ends(self) -> bool:
-        """Nothing follows it."""
-        return self.name in ("BRA", "EXIT", "RET") and self.predicate is None
+        """Nothing follows it. `BRA P1, …` jumps only sometimes, as one with a predicate in front does."""
+        always = self.predicate is None and (self.name != "BRA" or self.operands.startswith("`"))
+        return always and self.name in ("BRA", "EXIT", "RET")
 
     @property
     def target(self) -> str | None:
