@@ -137,25 +137,25 @@ def _kernel(
                 source = of.at[batch, keys, lax.div(head, group), columns]
                 plgpu.copy_gmem_to_smem(source, key_tiles.at[slot(copy)], loaded.at[slot(copy)])
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
+    def consume(own):
         plgpu.set_max_registers(REGISTERS, action="increase")
-        queries = pl.ds(tile_index * QUERIES + warpgroup * ROWS, ROWS)
+        queries = pl.ds(tile_index * QUERIES + own * ROWS, ROWS)
         here = batch, queries, head, columns
-        q_tile, dout_tile = q_tiles.at[warpgroup], dout_tiles.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q.at[here], q_tile, rows_loaded.at[warpgroup])
-        plgpu.copy_gmem_to_smem(dout.at[here], dout_tile, rows_loaded.at[warpgroup])
+        q_tile, dout_tile = q_tiles.at[own], dout_tiles.at[own]
+        plgpu.copy_gmem_to_smem(q.at[here], q_tile, rows_loaded.at[own])
+        plgpu.copy_gmem_to_smem(dout.at[here], dout_tile, rows_loaded.at[own])
         square = ROWS, sizes.keys
 
         def vector(which):
             return plgpu.load(rows.at[batch, head, which, queries], layout=BY_ROW, optimized=False)
 
-        lse, delta, start, end = map(vector, (LSE, DELTA, START, END))
-        plgpu.barrier_wait(rows_loaded.at[warpgroup])
+        lse, delta = vector(LSE), vector(DELTA)
+        start, end = (vector(which).astype(jnp.int32) for which in (START, END))
+        plgpu.barrier_wait(rows_loaded.at[own])
 
         def masked(dlogits, first_key):
             key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_COLUMN) + first_key
-            key = over_rows(key.astype(jnp.float32), square)
+            key = over_rows(key, square)
             return jnp.where((over_columns(start, square) <= key) & (key < over_columns(end, square)), dlogits, 0.0)
 
         def run(total):
@@ -189,3 +189,6 @@ def _kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile, dq.at[here])
         plgpu.wait_smem_to_gmem(0)
+
+    for own in range(CONSUMERS):
+        pl.when(warpgroup == own)(partial(consume, own))
