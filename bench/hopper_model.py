@@ -2,7 +2,7 @@
 
 Nothing here was measured. A loop's instructions are counted (`bench.sass`); each unit of a streaming multiprocessor
 (SM) takes so many of them a cycle; a block of rows × keys cannot take less than its busiest unit. The tiles of a case,
-from the ranges of its queries, are handed to SMs as a persistent grid does, heaviest first; the last SM to end decides.
+from the ranges of its queries, are handed to SMs as the kernel's grid does, and the last SM to end decides.
 
 The constants, and where each is from:
 
@@ -52,7 +52,7 @@ class Work:
     products: matrix products of rows × keys × head_dim. head_dim: as padded. by_keys: a tile is one of keys, and its
     blocks are of rows. heads_apart: rows are tokens of one head; otherwise all heads of a token lie in one tile.
     consumers: warpgroups that multiply. sharing: programs of a cluster that share what they load. splits: programs
-    among which the blocks of a tile are divided.
+    among which the blocks of a tile are divided. persistent: a program has tiles dealt to it, see `dealt`.
     """
 
     products: int
@@ -64,6 +64,7 @@ class Work:
     consumers: int = 2
     sharing: int = 1
     splits: int = 1
+    persistent: bool = False
 
     @property
     def tensor_cycles(self) -> float:
@@ -200,12 +201,19 @@ def _split(blocks: tuple[int, int], splits: int) -> Iterable[tuple[int, int]]:
         yield last - first, max(0, last - max(first, count - masked))
 
 
-def makespan(tile_cycles: Iterable[float], workers: int = SMS) -> float:
-    """When the last of the workers ends that take tiles, the heaviest first, as they become free."""
+def queued(tile_cycles: Sequence[float], workers: int = SMS) -> float:
+    """When the last worker ends, if each takes the next tile when it is free: a grid with a program for each tile."""
     free = [0.0] * workers
-    for tile in sorted(tile_cycles, reverse=True):
+    for tile in tile_cycles:
         heapq.heapreplace(free, free[0] + tile)
     return max(free)
+
+
+def dealt(tile_cycles: Sequence[float], workers: int = SMS) -> float:
+    """When the last worker ends, if tiles are dealt out in turn, the heaviest first: a grid with a program for each
+    worker, which knows its tiles from the start."""
+    tiles = sorted(tile_cycles, reverse=True)
+    return max(sum(tiles[worker::workers]) for worker in range(workers))
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,7 @@ def estimate(case: Any, work: Work, loops: Sequence[Loop], least_bytes: int) -> 
         each = [(count - bounded) * plain + bounded * masked + first for count, bounded in blocks]
         if work.sharing > 1:  # a cluster ends with its slowest program
             each = [max(pair) for pair in itertools.batched(each, work.sharing)]
-        last = makespan(each, workers)
+        last = (dealt if work.persistent else queued)(each, workers)
         return last / CLOCK, sum(each) / workers / last
 
     first = plain.alone

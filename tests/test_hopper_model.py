@@ -127,9 +127,10 @@ def test_blocks_cover_what_is_visible(case):
         assert pairs <= computed <= pairs + case.batch * case.heads * borders
 
 
-def test_the_heaviest_tiles_go_first():
-    assert model.makespan([3, 2, 5, 3], workers=2) == 7  # 5 + 2, 3 + 3
-    assert model.makespan([1.0] * 133) == 2.0
+def test_tiles_are_handed_out():
+    assert model.queued([3, 2, 5, 3], workers=2) == 7  # 3 + 3, 2 + 5
+    assert model.dealt([3, 2, 5, 3], workers=2) == 8  # 5 + 3, 3 + 2
+    assert model.queued([1.0] * 133) == model.dealt([1.0] * 133) == 2.0
 
 
 def test_estimate_of_a_whole_case():
