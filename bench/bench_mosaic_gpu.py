@@ -55,7 +55,8 @@ def promising(record: Path | None = None) -> dict[tuple[str, str], list[dict[str
 def attention(case: Any, kernel: str, tile: dict[str, int]) -> Callable[..., jax.Array]:
     """The op with this tile of this kernel, on its arrays by name."""
     how = {"scale": case.scale, "device": _dispatch.device()}
-    forward, backward = mosaic_gpu.forward, mosaic_gpu.backward
+    forward: Callable[..., Any] = mosaic_gpu.forward
+    backward: Callable[..., Any] = mosaic_gpu.backward
     if kernel in BACKWARD:
         config = mosaic_gpu_backward.tuning(case.head_dim)
         config = dataclasses.replace(config, **{kernel: BACKWARD[kernel](**tile)})

@@ -29,4 +29,5 @@ def write(folder: Path, source: Mapping[str, str], kernels: Sequence[Mapping[str
 
 
 def told(source: Mapping[str, str]) -> str:
+    """As a sentence has it."""
     return ", ".join(f"{name} {value}" for name, value in source.items())

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -191,7 +191,7 @@ def pretended() -> Iterator[None]:
         yield
 
 
-GROUPS: dict[str, Callable[[], Iterator[Program]]] = {
+GROUPS: dict[str, Callable[[], Iterable[Program]]] = {
     "shipped": shipped,
     "grid": grid,
     "peers": lambda: (*jax_own(), *tokamax()),

@@ -305,19 +305,51 @@ def ranked(figures: Sequence[Figures]) -> list[Figures]:
     return sorted(mine, key=key)
 
 
-def report(figures: Sequence[Figures], source: dict[str, str]) -> str:
-    """All of README.md; what was learned is written by hand, below a line that this leaves out."""
-    return f"""# What the compiler makes of the Hopper attention kernels
+def report(found: Collected, source: Mapping[str, str], learned: str) -> str:
+    """README.md of the record."""
+    of = {
+        contender: [x for x in found.figures if x.contender == contender] for contender in ("pi0fast", "jax", "tokamax")
+    }
+    peers = table([*of["jax"], *of["tokamax"]]) if of["jax"] else "None was compiled."
+    absent = "" if of["tokamax"] else "\n\ntokamax was not installed, so its kernels are left out."
+    refused = "\n".join(
+        f"- {each.contender}, {each.case}, {'; '.join(each.tiles)}: {each.reason}" for each in found.refusals
+    )
+    return f"""# What the compiler makes of the attention kernels for Hopper
 
 Made by `python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)}). **No GPU was there: nothing here was
-measured.**
+measured.** Registers, spills, shared memory and instructions are the compiler's figures; cycles and times are derived
+from them by `bench/hopper_model.py`, where each constant has its source.
 
-## Figures of the compiler
+{learned.strip()}
 
-Registers at launch and the highest number used; one iteration of each innermost loop with wgmma, on its shortest way
-(where there are two numbers of instructions, on the shortest and the longest: a block without and with a mask).
+## Figures of the compiler: the kernels as they ship
 
-{table([each for each in figures if each.shipped])}
+Registers of a thread at launch, and the highest number in the code after warpgroups have traded them. Then, of each
+innermost loop with wgmma, what one iteration runs on its shortest way; two numbers of instructions are the shortest and
+the longest way, a block without and with a mask. UTMALDG (TMA loads): in the whole kernel.
+
+{table([each for each in of["pi0fast"] if each.shipped])}
+
+## The same of peers
+
+Compiled the same way, with the tiles that they take untuned. JAX's kernels take no ranges, and lengths in multiples of
+their tiles: 896 tokens instead of 816 or 4096, which changes no loop.
+
+{peers}{absent}
+
+## Derived: the grid, ranked
+
+Cycles of one block on one SM, by unit; `one warpgroup`: if nothing overlaps within it. A block takes its busiest unit at
+least (`limit`). Balance: how much of the time that the last SM takes the mean one has work. Times at 1.83 GHz, which a
+long product does not sustain: if all units overlap, and if they do not within a warpgroup. Bold: as it ships. Last, with
+what is wrong: tiles that are out. XLA's share of a call (hulls, delta, padding, launches) is not in it.
+
+{ranking(found.figures)}
+
+## Not compiled
+
+{refused or "Nothing was refused."}
 """
 
 
@@ -326,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="all by default")
     parser.add_argument("--case", default="", help="all by default")
     parser.add_argument("--out", type=Path, help="the folder to write README.md and resources.json to")
+    parser.add_argument("--learned", type=Path, help="a file of what was learned, in Markdown, for README.md")
     parser.add_argument("--collect", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.collect:
@@ -333,10 +366,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(dataclasses.asdict(entry)), flush=True)
         return
     found = collect(chosen.only, chosen.case)
-    print(table(found.figures))
-    print(ranking(found.figures))
-    for refusal in found.refusals:
-        print(refusal)
+    source = compiler_figures.versions("jax", "jaxlib", "nvidia-cuda-nvcc", "triton", "tokamax")
+    readme = report(found, source, chosen.learned.read_text() if chosen.learned else "")
+    if chosen.out is None:
+        print(readme)
+    else:
+        compiler_figures.write(chosen.out, source, [dataclasses.asdict(each) for each in found.figures], readme)
     if found.complaints:
         sys.exit("\n".join(found.complaints))
 

@@ -62,8 +62,9 @@ class Path:
         found: Counter[tuple[int, int, int, bool]] = Counter()
         for instruction in self.instructions:
             if shape := SHAPE.match(instruction.opcode):
+                m, n, k = map(int, shape.groups())
                 left = instruction.operands.split(",")[1].strip()
-                found[(*map(int, shape.groups()), not left.startswith("gdesc"))] += 1
+                found[m, n, k, not left.startswith("gdesc")] += 1
         return found
 
     @property
@@ -123,17 +124,15 @@ class Code:
 
     def loops(self, opcode: str = "HGMMA") -> Iterator[Loop]:
         """Innermost loops with such an instruction, in the order of the code."""
-        bodies = [(head, latch, body) for head, latch, body in self._bodies if self._has(body, opcode)]
-        for head, latch, body in bodies:
-            if not any(inner < body for _, _, inner in bodies):
-                yield self._loop(head, latch, body)
-
-    def _has(self, body: set[int], opcode: str) -> bool:
-        return any(self.instructions[at].name == opcode for at in body)
+        having = {at for at, instruction in enumerate(self.instructions) if instruction.name == opcode}
+        bodies = [(head, body) for head, body in self._bodies if body & having]
+        for head, body in bodies:
+            if not any(inner < body for _, inner in bodies):
+                yield Loop(self._way(head, body, longest=False), self._way(head, body, longest=True))
 
     @cached_property
-    def _bodies(self) -> list[tuple[int, int, set[int]]]:
-        """Header, latch and all instructions between them of each loop; retries of waits left out."""
+    def _bodies(self) -> list[tuple[int, set[int]]]:
+        """Header of each loop, and all its instructions from there to the last jump back; retries of waits left out."""
         dominators = self._dominators()
         predecessors: list[list[int]] = [[] for _ in self.instructions]
         for at, after in enumerate(self.successors):
@@ -152,7 +151,7 @@ class Code:
                 if at not in body:
                     body.add(at)
                     waiting += predecessors[at]
-            bodies.append((head, max(ends), {at for at in body if head <= at <= max(ends)}))
+            bodies.append((head, {at for at in body if head <= at <= max(ends)}))
         return bodies
 
     def _dominators(self) -> list[int]:
@@ -200,25 +199,27 @@ class Code:
                 stack.append((successor, iter(self.successors[successor])))
         return order
 
-    def _loop(self, head: int, latch: int, body: set[int]) -> Loop:
-        """By the work of the way behind each instruction, from the latch up: code between them runs forwards."""
-        ways: dict[bool, dict[int, tuple[tuple[int, int], Sequence[int]]]] = {}
-        for longest in (False, True):
-            best: dict[int, tuple[tuple[int, int], int | None]] = {}
-            for at in sorted(body, reverse=True):
-                after = [(best[next_][0], next_) for next_ in self.successors[at] if next_ > at and next_ in best]
-                if not after and head not in self.successors[at]:
-                    continue
-                (products, length), chosen = max(after) if after else ((0, 0), None)
-                own = self.instructions[at].name == "HGMMA"
-                best[at] = (products + own, length + (1 if longest else -1)), chosen
-            way, at = [], head
-            while at is not None:
-                way.append(at)
-                at = best[at][1]
-            ways[longest] = way
-        least, most = (Path(tuple(self.instructions[at] for at in ways[longest])) for longest in (False, True))
-        return Loop(least, most)
+    def _way(self, head: int, body: set[int], *, longest: bool) -> Path:
+        """The way from the header back to it with the most matrix products, and then the longest or the shortest.
+
+        Found from the latch up: within a loop all other jumps are forwards.
+        """
+        worth: dict[int, tuple[int, int]] = {}  # matrix products, and instructions, from here on
+        following: dict[int, int] = {}
+        for at in sorted(body, reverse=True):
+            after = [successor for successor in self.successors[at] if successor > at and successor in worth]
+            if after:
+                following[at] = max(after, key=worth.__getitem__)
+                products, length = worth[following[at]]
+            elif head in self.successors[at]:
+                products = length = 0
+            else:
+                continue
+            worth[at] = products + (self.instructions[at].name == "HGMMA"), length + (1 if longest else -1)
+        way = [head]
+        while way[-1] in following:
+            way.append(following[way[-1]])
+        return Path(tuple(self.instructions[at] for at in way))
 
 
 def _dominates(dominators: Sequence[int], one: int, other: int) -> bool:

@@ -16,7 +16,8 @@ WORK = Work(products=2, rows=64, keys=64, head_dim=64, consumers=1)
 
 def path(*opcodes: str) -> Path:
     """An opcode, or a wgmma with its operands."""
-    return Path(tuple(Instruction(*opcode.split(" ", 1)) for opcode in opcodes))
+    split = (opcode.partition(" ") for opcode in opcodes)
+    return Path(tuple(Instruction(opcode, operands) for opcode, _, operands in split))
 
 
 # A forward block of one warpgroup, 64 rows × 64 keys × 64: s = q kᵀ with both operands in shared memory, then p v.
