@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import bench_kernels, mosaic_gpu_resources, timing
+from bench import bench_kernels, hopper_report, timing
+from bench.hopper_figures import Figures, in_words
 from bench.hopper_programs import NAMED
-from bench.mosaic_gpu_resources import Figures
 from bench.peers import Contender
 from pi0fast_kernels import _dispatch, _mosaic_gpu
 from pi0fast_kernels.prefix_lm_attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_dkv, mosaic_gpu_dq
@@ -40,7 +40,7 @@ def promising(record: Path | None = None) -> dict[tuple[str, str], list[dict[str
     records = [record] if record else sorted(PROFILES.glob(RECORD))[-1:]
     entries = [entry for path in records for entry in json.loads(path.read_text())["kernels"]]
     found: dict[tuple[str, str], list[Figures]] = {}
-    for each in mosaic_gpu_resources.ranked([Figures(**entry) for entry in entries]):
+    for each in hopper_report.ranked([Figures(**entry) for entry in entries]):
         if not each.complaints:
             found.setdefault((each.kernel, each.case), []).append(each)
     tiles = {}
@@ -52,15 +52,19 @@ def promising(record: Path | None = None) -> dict[tuple[str, str], list[dict[str
     return tiles
 
 
+def passes(case: Any, kernel: str, tile: dict[str, int]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and the backward pass, as `mosaic_gpu` has them, with this tile of this kernel."""
+    if kernel not in BACKWARD:
+        raise ValueError(kernel)
+    config = mosaic_gpu_backward.tuning(case.head_dim)
+    config = dataclasses.replace(config, **{kernel: BACKWARD[kernel](**tile)})
+    return mosaic_gpu.forward, partial(mosaic_gpu_backward.backward, config=config)
+
+
 def attention(case: Any, kernel: str, tile: dict[str, int]) -> Callable[..., jax.Array]:
-    """The op with this tile of this kernel, on its arrays by name."""
+    """The op of these passes, on its arrays by name."""
+    forward, backward = passes(case, kernel, tile)
     how = {"scale": case.scale, "device": _dispatch.device()}
-    forward: Callable[..., Any] = mosaic_gpu.forward
-    backward: Callable[..., Any] = mosaic_gpu.backward
-    if kernel in BACKWARD:
-        config = mosaic_gpu_backward.tuning(case.head_dim)
-        config = dataclasses.replace(config, **{kernel: BACKWARD[kernel](**tile)})
-        backward = partial(mosaic_gpu_backward.backward, config=config)
 
     @jax.custom_vjp
     def attend(q, k, v, key_start, key_end):
@@ -74,7 +78,13 @@ def attention(case: Any, kernel: str, tile: dict[str, int]) -> Callable[..., jax
         return *backward(*residuals, dout, **how), None, None
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend
+
+    def op(q, k, v, key_start, key_end):
+        start = jnp.zeros(q.shape[:2], jnp.int32) if key_start is None else key_start
+        end = jnp.full(q.shape[:2], k.shape[1], jnp.int32) if key_end is None else key_end
+        return attend(q, k, v, start, end)
+
+    return op
 
 
 def contender(kernel: str, tile: dict[str, int]) -> Contender:
@@ -85,7 +95,7 @@ def contender(kernel: str, tile: dict[str, int]) -> Contender:
         return _mosaic_gpu.reason(device, jnp.bfloat16)
 
     return Contender(
-        f"{kernel}: {mosaic_gpu_resources.in_words(tile)}",
+        f"{kernel}: {in_words(tile)}",
         refusal,
         partial(attention, kernel=kernel, tile=tile),
         ours=True,

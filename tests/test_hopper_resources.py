@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import mosaic_gpu_resources as resources
+from bench import hopper_figures, hopper_report, mosaic_gpu_resources
 from bench.hopper_model import Work
 from bench.sass import Code
 from pi0fast_kernels.prefix_lm_attention.cases import CASES
@@ -24,13 +24,13 @@ def code() -> Code:
     return Code((SAMPLES / "dq.sass_ctrl").read_text())
 
 
-def figures(tmp_path, report="dq.ptxas", **changes) -> resources.Figures:
+def figures(tmp_path, report="dq.ptxas", **changes) -> hopper_figures.Figures:
     for name in ("dq.sass_ctrl", "dq.resources.txt"):
         (tmp_path / name).write_text((SAMPLES / name).read_text())
     (tmp_path / "dq.ptxas").write_text((SAMPLES / report).read_text())
     (case,) = [case for case in CASES if case.name == "causal_gqa"]
     program = SimpleNamespace(contender="pi0fast", case=case, shipped=True)
-    found = resources.read(tmp_path / "dq.ptxas", program, "dq", {"keys": 64, "slots": 3}, WORK)
+    found = hopper_figures.read(tmp_path / "dq.ptxas", program, "dq", {"keys": 64, "slots": 3}, WORK)
     return dataclasses.replace(found, **changes)
 
 
@@ -94,7 +94,7 @@ def test_the_report_is_read(tmp_path):
     assert found.cycles and found.cycles["tensor"] == WORK.tensor_cycles == 768
     assert [note[:28] for note in found.notes] == 2 * ["warpgroup.arrive is injected"]
     assert found.complaints == ["no UTMALDG"]  # another warpgroup's, which the sample leaves out
-    assert resources.Figures(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    assert hopper_figures.Figures(**json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
 
 def test_what_is_wrong_is_said(tmp_path):
@@ -103,8 +103,8 @@ def test_what_is_wrong_is_said(tmp_path):
     assert figures(tmp_path, instructions=counts).complaints == []
     assert figures(tmp_path, instructions=counts | {"STL": 2}).complaints == ["2 accesses of local memory"]
     assert figures(tmp_path, instructions=counts, shared=232_449).complaints == ["232449 B of shared memory, of 232448"]
-    refusal = resources.Refusal("pi0fast", "causal", ["dq: keys 64"], True, "ValueError: too large")
-    collected = resources.Collected([figures(tmp_path)], [refusal, dataclasses.replace(refusal, shipped=False)])
+    refusal = hopper_figures.Refusal("pi0fast", "causal", ["dq: keys 64"], True, "ValueError: too large")
+    collected = hopper_figures.Collected([figures(tmp_path)], [refusal, dataclasses.replace(refusal, shipped=False)])
     assert collected.complaints == ["dq of causal_gqa: no UTMALDG", "['dq: keys 64'] of causal: ValueError: too large"]
 
 
@@ -115,10 +115,10 @@ def test_tables(tmp_path):
     seconds = shipped.seconds | {"alone": 0.0}
     faster = dataclasses.replace(shipped, tile={"keys": 128, "slots": 2}, shipped=False, seconds=seconds)
     spilled = dataclasses.replace(faster, tile={"keys": 192, "slots": 2}, spilled=8)
-    assert resources.ranked([spilled, shipped, faster]) == [faster, shipped, spilled]
-    ranking = resources.ranking([spilled, shipped, faster]).splitlines()
+    assert hopper_report.ranked([spilled, shipped, faster]) == [faster, shipped, spilled]
+    ranking = hopper_report.ranking([spilled, shipped, faster]).splitlines()
     assert "| **keys 64, slots 3** |" in ranking[3] and "spills 8 B" in ranking[4]
-    assert "| 8 m64n64k16 + 4 m64n64k16 from registers |" in resources.table([shipped])
+    assert "| 8 m64n64k16 + 4 m64n64k16 from registers |" in hopper_report.table([shipped])
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_one_case_is_compiled(monkeypatch, capsys):
     """The smallest head dimension, by the command: nothing spills, nothing is serialized, wgmma and TMA are used."""
     pytest.importorskip("jax_cuda13_plugin")
     pytest.importorskip("triton")
-    resources.main(["--only", "shipped", "--case=causal_gqa_64"])
+    mosaic_gpu_resources.main(["--only", "shipped", "--case=causal_gqa_64"])
     shown = capsys.readouterr().out
     for kernel in ("dq", "dkv"):
         assert f"| pi0fast | {kernel} | causal_gqa_64 |" in shown
