@@ -71,3 +71,18 @@ def launch(
     )
     with jax.named_scope(name):
         return _dispatch.vary_as(call(*arrays), arrays)
+
+
+def swizzled(shape: Sequence[int], dtype: Any) -> Any:
+    """Shared memory of one swizzle's width (16, 32 or 64 16-bit numbers), in tiles of eight rows as wgmma takes it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    swizzle = plgpu.SwizzleTransform(shape[-1] * jnp.dtype(dtype).itemsize)
+    tiled = plgpu.SMEM(tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, shape[-1])), swizzle))
+    if INTERPRET:
+        return tiled
+    return plgpu.RefUnion(tiled, plgpu.SMEM(tuple(shape), dtype, transforms=(swizzle,)))
+
+
+def views(ref: Any):
+    return (ref, ref) if INTERPRET else tuple(ref)

@@ -120,6 +120,16 @@ def _waited(*, token, thread, most: int | None, accumulator=None):
     return token
 
 
+@gpu_callbacks.fail_on_exception
+def _stored(*, token, thread, accumulator, value, source_info):
+    """Registers are a thread's own: no races are looked for. One block's would be taken for those of the next."""
+    memory = _memory()
+    key = shared_memory.HostAllocationKey.from_array(accumulator)
+    info = shared_memory.GPULoggingInfo(None, thread, source_info)
+    memory.store_buffer_content(key, memory.access(key, ()), value, thread, logging_info=info)
+    return token
+
+
 # ── Of the kernel's equations ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -226,18 +236,9 @@ def _accumulator_load(self: Interpreter, equation, token, values):
 def _accumulator_store(self: Interpreter, equation, token, values):
     key, value = values
     token = _wait(self, token, None, key)
-    token, before = gpu_callbacks.call_swap(
-        token=token,
-        result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
-        mesh_location=self.mesh_location,
-        thread=self.thread,
-        allocation_key_as_array=key,
-        transforms=(),
-        val=value,
-        mask=None,
-        source_info=equation.source_info,
-    )
-    return token, [before]
+    token, before = _load(self, equation, token, key, equation.outvars[0].aval)
+    stored = partial(_stored, source_info=equation.source_info)
+    return _call(stored, token, thread=self.thread, accumulator=key, value=value), [before]
 
 
 def _run_state(self: Interpreter, equation, token, values):
