@@ -65,12 +65,20 @@ def backward(
     start, end = (jnp.pad(x, ((0, 0), (0, padded - tokens))) for x in (start, end))
 
     vectors = _vectors(start, end, lse.reshape(b, tokens, heads), delta.reshape(b, tokens, heads), s, tiles.dkv.queries)
-    by_head = [x.reshape(b, tokens, heads, c) for x in (q, dout.astype(q.dtype))]
-    arrays = vectors, by_head[0], k, v, by_head[1]
+
+    def aligned(x, length, heads):
+        return jnp.pad(x.reshape(b, length, heads, c), ((0, 0), (0, 0), (0, 0), (0, -c % 16)))
+
+    arrays = (
+        vectors,
+        aligned(q, tokens, heads),
+        *(aligned(x, s, kv_heads) for x in (k, v)),
+        aligned(dout.astype(q.dtype), tokens, heads),
+    )
     run = {"scale": scale, "device": device}
     dq = mosaic_gpu_dq.gradient(_query_hulls(start, end, s, tiles.dq.keys), *arrays, tile_size=tiles.dq, **run)
     dk, dv = mosaic_gpu_dkv.gradients(_key_hulls(start, end, s, tiles.dkv), *arrays, tile_size=tiles.dkv, **run)
-    return dq.reshape(q.shape), dk, dv
+    return dq[..., :c].reshape(q.shape), dk[..., :c], dv[..., :c]
 
 
 def _vectors(start, end, lse, delta, num_keys: int, size: int) -> Float[Array, "B N vectors padded"]:

@@ -32,23 +32,25 @@ from pi0fast_kernels._mosaic_gpu import launch
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
+    CONSUMERS,
     DELTA,
     END,
-    LOG2_E,
     LSE,
+    PRODUCER_REGISTERS,
+    REGISTERS,
     START,
     TILE,
     VECTORS,
     WHOLE,
     over_columns,
     over_rows,
+    seen,
+    store,
     tile,
-    width,
+    weights,
 )
 
 WEIGHTS, LOGITS, PRODUCER = range(3)  # warpgroups
-CONSUMERS = 2
-REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread; 65536 in all
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ def gradients(
     hulls: of the keys of each cluster the first tile of queries that sees any, and the last (exclusive); at least one.
     """
     b, kv_heads, c = k.shape[0], k.shape[2], k.shape[3]
-    wide = width(c)
     step = (tile_size.stages, tile_size.queries)
     neighbours = plgpu.ClusterBarrier(
         collective_axes=("neighbour",), num_arrivals=CONSUMERS, num_barriers=tile_size.stages
@@ -96,10 +97,10 @@ def gradients(
         cluster={"neighbour": tile_size.cluster},
         warpgroups=CONSUMERS + 1,
         scratch=[
-            tile(tile_size.keys, wide),
-            tile(tile_size.keys, wide),
-            tile(*step, wide),
-            tile(*step, wide),
+            tile(tile_size.keys, c),
+            tile(tile_size.keys, c),
+            tile(*step, c),
+            tile(*step, c),
             plgpu.SMEM((tile_size.stages, VECTORS, tile_size.queries), jnp.float32),
             tile(tile_size.keys, tile_size.queries, dtype=jnp.float32),
             plgpu.Barrier(num_arrivals=2),
@@ -140,14 +141,16 @@ def _kernel(
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     cluster = lax.axis_index("keys")
     first_key = (cluster * sizes.cluster + lax.axis_index("neighbour")) * sizes.keys
-    columns = pl.ds(warpgroup * 0, k_tile.shape[1])  # copies fill what is past the head's with zeros, or drop it
-    here = batch, pl.ds(first_key, sizes.keys), head, columns
+    here = batch, pl.ds(first_key, sizes.keys), head
     first_tile, last_tile = hulls[batch, cluster, 0], hulls[batch, cluster, 1]
     steps = (last_tile - first_tile) * group
     square = sizes.keys, sizes.queries
 
     def slot(step):
         return lax.rem(step, sizes.stages)
+
+    def vector(at, which):
+        return over_rows(plgpu.load(row_tiles.at[at, which], layout=BY_COLUMN), square)
 
     @pl.when(warpgroup == PRODUCER)
     def _():
@@ -168,7 +171,7 @@ def _kernel(
             def _():
                 query_head = head * group + lax.rem(step, group)
                 queries = pl.ds((first_tile + lax.div(step, group)) * sizes.queries, sizes.queries)
-                there = batch, queries, query_head, columns
+                there = batch, queries, query_head
                 share = partial(plgpu.copy_gmem_to_smem, barrier=loaded.at[at], collective_axes="neighbour")
                 share(q.at[there], q_tiles.at[at])
                 share(dout.at[there], dout_tiles.at[at])
@@ -226,24 +229,18 @@ def _kernel(
         low = first_key.astype(jnp.float32)
 
         def make(logits, at):
-            lse = plgpu.load(row_tiles.at[at, LSE], layout=BY_COLUMN)
-            return jnp.exp2(logits * (scale * LOG2_E) - over_rows(lse, square))
+            return weights(logits, vector(at, LSE), scale)
 
-        def masked(weights, at):
-            start, end = (plgpu.load(row_tiles.at[at, bound], layout=BY_COLUMN) for bound in (START, END))
-            seen = (over_rows(start, square) <= key) & (key < over_rows(end, square))
-            return jnp.where(seen, weights, 0.0)
-
-        def finish(weights, at):
+        def finish(made, at):
             whole_from, whole_to = row_tiles[at, WHOLE, 0], row_tiles[at, WHOLE, 1]
             partly = (low < whole_from) | (low + sizes.keys > whole_to)
-            weights = lax.cond(partly, lambda: masked(weights, at), lambda: weights)
+            made = lax.cond(partly, lambda: seen(made, key, vector(at, START), vector(at, END)), lambda: made)
             plgpu.barrier_wait(weights_read)
-            weights_tile[...] = weights
+            weights_tile[...] = made
             plgpu.barrier_arrive(weights_made)
-            return weights.astype(jnp.bfloat16)
+            return made.astype(jnp.bfloat16)
 
-        _store(summed(k_tile, q_tiles, dout_tiles, make, finish), k_tile, dv.at[here])  # nobody else reads k
+        store(summed(k_tile, q_tiles, dout_tiles, make, finish), k_tile, dv.at[here])  # nobody else reads k
 
     @pl.when(warpgroup == LOGITS)
     def _():
@@ -252,18 +249,11 @@ def _kernel(
         plgpu.barrier_arrive(weights_read)  # nothing to read yet
 
         def make(dweights, at):
-            difference = dweights - over_rows(plgpu.load(row_tiles.at[at, DELTA], layout=BY_COLUMN), square)
+            difference = dweights - vector(at, DELTA)
             plgpu.barrier_wait(weights_made)
-            weights = plgpu.load(weights_tile, layout=TILE)
+            made = plgpu.load(weights_tile, layout=TILE)
             plgpu.barrier_arrive(weights_read)
-            return weights * difference
+            return made * difference
 
         total = summed(v_tile, dout_tiles, q_tiles, make, lambda dlogits, _: dlogits.astype(jnp.bfloat16))
-        _store(total * scale, v_tile, dk.at[here])
-
-
-def _store(total, through, where) -> None:
-    through[...] = total.astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(through, where)
-    plgpu.wait_smem_to_gmem(0)
+        store(total * scale, v_tile, dk.at[here])

@@ -28,22 +28,24 @@ from pi0fast_kernels._mosaic_gpu import launch
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
+    CONSUMERS,
     DELTA,
     END,
-    LOG2_E,
     LSE,
+    PRODUCER_REGISTERS,
+    REGISTERS,
     START,
     over_columns,
     over_rows,
+    seen,
+    store,
     tile,
-    width,
+    weights,
 )
 
 ROWS = 64  # of one warpgroup
-CONSUMERS = 2
-PRODUCER = CONSUMERS
+PRODUCER = CONSUMERS  # warpgroup
 QUERIES = ROWS * CONSUMERS  # of one block of threads
-REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread; 65536 in all
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,6 @@ def gradient(
         all that see any see all.
     """
     b, _, n, c = q.shape
-    wide = width(c)
     (dq,) = launch(
         partial(_kernel, scale=scale, sizes=tile_size, group=n // k.shape[2]),
         [hulls, rows, q, k, v, dout],
@@ -82,9 +83,9 @@ def gradient(
         grid={"batch": b, "head": n, "tile": hulls.shape[1]},
         warpgroups=CONSUMERS + 1,
         scratch=[
-            tile(CONSUMERS, ROWS, wide),
-            tile(CONSUMERS, ROWS, wide),
-            tile(tile_size.slots, tile_size.keys, wide),
+            tile(CONSUMERS, ROWS, c),
+            tile(CONSUMERS, ROWS, c),
+            tile(tile_size.slots, tile_size.keys, c),
             plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
             plgpu.Barrier(num_barriers=tile_size.slots),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile_size.slots),
@@ -116,7 +117,6 @@ def _kernel(
     last = hulls.shape[1] - 1
     tile_index = last - lax.axis_index("tile")  # the last queries see most under a causal mask: they go first
     first_block, last_block, whole_from, whole_to = (hulls[batch, tile_index, i] for i in range(4))
-    columns = pl.ds(warpgroup * 0, q_tiles.shape[-1])  # copies fill what is past the head's with zeros, or drop it
 
     def slot(copy):
         return lax.rem(copy, sizes.slots)
@@ -134,61 +134,56 @@ def _kernel(
                 def _(copy=copy):
                     plgpu.barrier_wait(released.at[slot(copy)])
 
-                source = of.at[batch, keys, lax.div(head, group), columns]
+                source = of.at[batch, keys, lax.div(head, group)]
                 plgpu.copy_gmem_to_smem(source, key_tiles.at[slot(copy)], loaded.at[slot(copy)])
 
     def consume(own):
         plgpu.set_max_registers(REGISTERS, action="increase")
         queries = pl.ds(tile_index * QUERIES + own * ROWS, ROWS)
-        here = batch, queries, head, columns
+        here = batch, queries, head
         q_tile, dout_tile = q_tiles.at[own], dout_tiles.at[own]
         plgpu.copy_gmem_to_smem(q.at[here], q_tile, rows_loaded.at[own])
         plgpu.copy_gmem_to_smem(dout.at[here], dout_tile, rows_loaded.at[own])
         square = ROWS, sizes.keys
 
         def vector(which):
-            return plgpu.load(rows.at[batch, head, which, queries], layout=BY_ROW, optimized=False)
+            values = plgpu.load(rows.at[batch, head, which, queries], layout=BY_ROW, optimized=False)
+            return over_columns(values.astype(jnp.int32) if which in (START, END) else values, square)
 
-        lse, delta = vector(LSE), vector(DELTA)
-        start, end = (vector(which).astype(jnp.int32) for which in (START, END))
+        lse, delta, start, end = map(vector, (LSE, DELTA, START, END))
         plgpu.barrier_wait(rows_loaded.at[own])
-
-        def masked(dlogits, first_key):
-            key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_COLUMN) + first_key
-            key = over_rows(key, square)
-            return jnp.where((over_columns(start, square) <= key) & (key < over_columns(end, square)), dlogits, 0.0)
 
         def run(total):
             @pl.loop(0, last_block - first_block)
             def _(step):
                 k_slot, v_slot = slot(2 * step), slot(2 * step + 1)
-                first_key = (first_block + step) * sizes.keys
 
                 def products(logits, dweights):
                     plgpu.barrier_wait(loaded.at[k_slot])
                     plgpu.wgmma(logits, q_tile, key_tiles.at[k_slot].T)
                     plgpu.barrier_wait(loaded.at[v_slot])
                     plgpu.wgmma(dweights, dout_tile, key_tiles.at[v_slot].T)
-                    logits = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-                    weights = jnp.exp2(logits * (scale * LOG2_E) - over_columns(lse, square))
-                    return weights, dweights[...]
+                    made = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1), lse, scale)
+                    return made, dweights[...]
 
-                weights, dweights = pl.run_scoped(products, *2 * [plgpu.ACC(square, jnp.float32)])
+                made, dweights = pl.run_scoped(products, *2 * [plgpu.ACC(square, jnp.float32)])
                 plgpu.barrier_arrive(released.at[v_slot])
-                dlogits = weights * (dweights - over_columns(delta, square))
+                dlogits = made * (dweights - delta)
+
+                def masked():
+                    key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_COLUMN) + first_key
+                    return seen(dlogits, over_rows(key, square), start, end)
+
+                first_key = (first_block + step) * sizes.keys
                 partly = (first_key < whole_from) | (first_key + sizes.keys > whole_to)
-                dlogits = lax.cond(partly, lambda: masked(dlogits, first_key), lambda: dlogits)
+                dlogits = lax.cond(partly, masked, lambda: dlogits)
                 plgpu.wgmma(total, dlogits.astype(jnp.bfloat16), key_tiles.at[k_slot])
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(released.at[k_slot])
 
             return total[...] * scale
 
-        total = pl.run_scoped(run, plgpu.ACC((ROWS, q_tiles.shape[-1]), jnp.float32))
-        q_tile[...] = total.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile, dq.at[here])
-        plgpu.wait_smem_to_gmem(0)
+        store(pl.run_scoped(run, plgpu.ACC(q_tile.shape, jnp.float32)), q_tile, dq.at[here])
 
-    for own in range(CONSUMERS):
+    for own in range(CONSUMERS):  # with `own` known beforehand, addresses of q and dout take no registers
         pl.when(warpgroup == own)(partial(consume, own))
