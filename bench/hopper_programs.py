@@ -5,10 +5,11 @@ import importlib
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,7 +24,6 @@ from pi0fast_kernels.prefix_lm_attention import (
     mosaic_gpu_backward,
     mosaic_gpu_dkv,
     mosaic_gpu_dq,
-    mosaic_gpu_tiles,
 )
 from pi0fast_kernels.prefix_lm_attention.cases import CASES, Case
 
@@ -40,8 +40,8 @@ Tile = dict[str, int]  # how a kernel cuts up its work: the fields of its own da
 class Program:
     """One thing to compile.
 
-    kernels: what it has, in the order in which they are compiled: name, tile and work; None for one that is of no
-        interest.
+    kernels: what of it is of interest: name, tile and work. in_order: they are told apart by the order in which they
+        are compiled, and None stands for one that is of no interest; otherwise by their names.
     """
 
     contender: str
@@ -50,6 +50,18 @@ class Program:
     arguments: tuple[Any, ...]
     kernels: tuple[tuple[str, Tile, Work] | None, ...]
     shipped: bool = True
+    in_order: bool = False
+
+    def found(self, reports: Sequence[Path]) -> Iterator[tuple[Path, str, Tile, Work]]:
+        """Each kernel of interest with its report, of those that compiling it has added."""
+        if self.in_order:
+            of_kernel = zip(reports, self.kernels, strict=True)
+        else:
+            names = [f"prefix_lm_attention_{kernel[0]}_" for kernel in self.kernels if kernel]
+            ours = [[report for report in reports if report.name.startswith(name)] for name in names]
+            assert all(len(each) == 1 for each in ours), (names, reports)
+            of_kernel = zip((each[0] for each in ours), self.kernels, strict=True)
+        yield from ((report, *kernel) for report, kernel in of_kernel if kernel is not None)
 
 
 def gradients(function: Callable[..., jax.Array]) -> Callable[..., Any]:
@@ -75,28 +87,29 @@ def grid() -> Iterator[Program]:
     for name in ("pi0_prefix", "siglip", "causal_gqa"):
         case = NAMED[name]
         chosen = mosaic_gpu_backward.tuning(case.head_dim)
-        dq = (mosaic_gpu_dq.Tile(keys, slots) for keys in (64, 128) for slots in (2, 3, 4, 6))
-        dkv = (
-            mosaic_gpu_dkv.Tile(64, queries, stages, cluster)
-            for queries in (64, 128)
-            for stages in (1, 2, 3)
-            for cluster in (1, 2, 4)
-        )
-        for one, other in itertools.zip_longest(dq, dkv):  # one program compiles both kernels
-            config = mosaic_gpu_backward.TuningConfig(one or chosen.dq, other or chosen.dkv)
-            yield backward(case, config, shipped=False)
+        wide = case.head_dim > 128
+        for keys, slots in itertools.product((64,) if wide else (64, 128), (2, 3) if wide else (2, 3, 4, 6)):
+            tile = mosaic_gpu_dq.Tile(keys, slots)
+            if tile != chosen.dq:
+                yield backward(case, dataclasses.replace(chosen, dq=tile), "dq", shipped=False)
+        for queries, stages, cluster in itertools.product((64,) if wide else (64, 128), (1, 2, 3), (1, 2)):
+            tile = mosaic_gpu_dkv.Tile(64, queries, stages, cluster)
+            if tile != chosen.dkv:
+                yield backward(case, dataclasses.replace(chosen, dkv=tile), "dkv", shipped=False)
 
 
-def backward(case: Case, config: mosaic_gpu_backward.TuningConfig, *, shipped: bool = True) -> Program:
+def backward(case: Case, config: mosaic_gpu_backward.TuningConfig, *of_interest: str, shipped: bool = True) -> Program:
+    """of_interest: which of its two kernels, both by default."""
     arguments = jax.eval_shape(lambda: _backward_inputs(case))
     run = partial(mosaic_gpu_backward.backward, scale=case.scale, device=DEVICE, config=config)
     apart = case.kv_heads > 1
-    head_dim = mosaic_gpu_tiles.width(case.head_dim)
+    head_dim = -(-case.head_dim // 16) * 16  # as wgmma takes it
     dq = Work(3, mosaic_gpu_dq.QUERIES, config.dq.keys, head_dim, heads_apart=apart)
     of = config.dkv
     dkv = Work(4, of.queries, of.keys, head_dim, by_keys=True, heads_apart=apart, sharing=of.cluster)
     kernels = ("dq", dataclasses.asdict(config.dq), dq), ("dkv", dataclasses.asdict(of), dkv)
-    return Program("pi0fast", case, run, arguments, kernels, shipped)
+    chosen = tuple(kernel for kernel in kernels if kernel[0] in (of_interest or ("dq", "dkv")))
+    return Program("pi0fast", case, run, arguments, chosen, shipped)
 
 
 def _inputs(case: Case) -> tuple[jax.Array, ...]:
@@ -176,8 +189,8 @@ def _both(contender: str, case: Case, attention: Any, arguments: Any, works: tup
         (name, {"rows": work.rows, "keys": work.keys}, work)
         for name, work in zip(("forward", "dq", "dkv"), works, strict=True)
     )
-    yield Program(contender, case, attention, arguments, (first,))
-    yield Program(contender, case, gradients(attention), arguments, (None, *backward))
+    yield Program(contender, case, attention, arguments, (first,), in_order=True)
+    yield Program(contender, case, gradients(attention), arguments, (None, *backward), in_order=True)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import compiler_figures, hopper_figures, hopper_report
 from bench.hopper_figures import Collected, Figures, Refusal
@@ -77,31 +78,27 @@ def _collect_here(groups: Sequence[str], case: str) -> Iterator[Figures | Refusa
     dumped = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     at = NamedSharding(mesh.make("fsdp:1", targets.devices("h100:1")), PartitionSpec())
     with hopper_programs.pretended():
-        for group in groups:
-            for program in hopper_programs.GROUPS[group]():
-                if case not in ("", program.case.name):
-                    continue
-                before = set(dumped.glob("*.ptxas"))
-                arguments = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), program.arguments
-                )
-                try:
-                    with jax.sharding.use_abstract_mesh(hopper_programs.MESH):
-                        lowered = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("cuda",))
-                    lowered.compile()
-                except Exception as problem:
-                    reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
-                    tiles = [
-                        f"{name}: {hopper_figures.in_words(tile)}" for name, tile, _ in filter(None, program.kernels)
-                    ]
-                    yield Refusal(program.contender, program.case.name, tiles, program.shipped, reason)
-                    continue
-                reports = sorted(set(dumped.glob("*.ptxas")) - before, key=_number)
-                assert len(reports) == len(program.kernels), [path.name for path in reports]
-                for path, kernel in zip(reports, program.kernels, strict=True):
-                    if kernel is not None:
-                        assert program.contender != "pi0fast" or kernel[0] in path.stem, path
-                        yield hopper_figures.read(path, program, *kernel)
+        for program in (program for group in groups for program in hopper_programs.GROUPS[group]()):
+            if case not in ("", program.case.name):
+                continue
+            before = set(dumped.glob("*.ptxas"))
+            arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), program.arguments)
+            try:
+                with jax.sharding.use_abstract_mesh(hopper_programs.MESH):
+                    lowered = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("cuda",))
+                lowered.compile()
+            except Exception as problem:  # of any kind: a peer's, Mosaic's or XLA's
+                yield _refusal(program, problem)
+                continue
+            reports = sorted(set(dumped.glob("*.ptxas")) - before, key=_number)
+            for report, kernel, tile, work in program.found(reports):
+                yield hopper_figures.read(report, program, kernel, tile, work)
+
+
+def _refusal(program: Any, problem: Exception) -> Refusal:
+    tiles = [f"{kernel}: {hopper_figures.in_words(tile)}" for kernel, tile, _ in filter(None, program.kernels)]
+    reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+    return Refusal(program.contender, program.case.name, tiles, program.shipped, reason)
 
 
 def _number(report: Path) -> int:
