@@ -74,7 +74,7 @@ def launch(
 
 
 def swizzled(shape: Sequence[int], dtype: Any, device: _dispatch.Device) -> Any:
-    """Shared memory as wide as its swizzle (16, 32 or 64 16-bit numbers): the first view is for wgmma, the last for TMA.
+    """Shared memory as wide as its swizzle (16, 32 or 64 bfloat16): the first view is for wgmma, the last for TMA.
 
     wgmma takes tiles of eight rows, and what is copied as tiles has to be whole tiles. In memory as wide as its swizzle
     tiles follow each other as rows do: copied as rows, what lies past an array's end is zeros on the way in and left
@@ -83,8 +83,10 @@ def swizzled(shape: Sequence[int], dtype: Any, device: _dispatch.Device) -> Any:
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    swizzle = plgpu.SwizzleTransform(shape[-1] * jnp.dtype(dtype).itemsize)
-    tiles = plgpu.SMEM(tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, shape[-1])), swizzle))
+    # pyright takes these for abstract
+    swizzle = plgpu.SwizzleTransform(shape[-1] * jnp.dtype(dtype).itemsize)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, shape[-1]))  # pyright: ignore[reportAbstractUsage]
+    tiles = plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, swizzle))
     if device.platform != "cuda":
         return [tiles]
     return plgpu.RefUnion(tiles, plgpu.SMEM(tuple(shape), dtype, transforms=(swizzle,)))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
-from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_forward import NO_KEYS, attend, combine
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_forward import attend, combine
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import Plan, Tile
 
 NUM_CORES = 132  # of an H100 SXM or H200 (NVIDIA's data sheets), where the device does not tell
@@ -75,10 +75,7 @@ def forward(
     if plan.splits > 1:
         out, lse = combine(out, lse)
         out = jnp.moveaxis(out[:, :, : plan.packed, : plan.head_dim], 1, 2).astype(v.dtype)
-        sees = jnp.maximum(key_start, 0) < jnp.minimum(key_end, plan.num_keys)
     lse = jnp.moveaxis(lse[:, :, : plan.packed], 1, 2).reshape(q.shape[:3])
-    if plan.splits > 1:
-        lse = jnp.where(sees[:, :, None], lse, NO_KEYS)
     return out.reshape(q.shape), lse
 
 

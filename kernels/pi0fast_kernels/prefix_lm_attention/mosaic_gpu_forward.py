@@ -50,7 +50,7 @@ REGISTERS = {2: (24, 240), 3: (32, 160)}
 
 
 class Slots(NamedTuple):
-    """A ring of blocks in shared memory. tiles: of each part of the head dimension, for wgmma; rows: the same, for TMA."""
+    """A ring of blocks in shared memory, of each part of the head dimension. tiles: for wgmma; rows: the same, for TMA."""
 
     tiles: list[Any]
     rows: list[Any]
@@ -137,7 +137,8 @@ def combine(
 ) -> tuple[Float[Array, "B heads padded width"], Float[Array, "B heads padded"]]:
     """The results of all keys from those of each part of them."""
     total = jax.nn.logsumexp(lse, axis=0)
-    return jnp.sum(out * jnp.exp(lse - total)[..., None], axis=0), total
+    attended = jnp.sum(out * jnp.exp(lse - total)[..., None], axis=0)
+    return attended, jnp.where(total > -NO_KEYS / 2, total, NO_KEYS)
 
 
 def _kernel(items, bounds, q, k, v, out, lse, q_slots, k_slots, v_slots, bounds_s, lse_s, *, plan: Plan, scale: float):
@@ -266,7 +267,7 @@ def _multiply(
             multiply_values(sums, weights, n - 1)
             return plgpu.wgmma_accumulator_load(logits, wait_n=len(sums))
 
-        logits = pl.run_scoped(overlapped, plgpu.ACC((ROWS, plan.tile.keys), jnp.float32))
+        logits = pl.run_scoped(overlapped, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.keys), jnp.float32))
         plgpu.barrier_arrive(keys.empty.at[slot(n)])
         new_maximum, new_weights = weigh(logits, n, masked, maximum)
         shrink = jnp.exp2(maximum - new_maximum)
@@ -286,7 +287,7 @@ def _multiply(
             multiply_keys(logits, 0)
             return logits[...]
 
-        logits = pl.run_scoped(first_logits, plgpu.ACC((ROWS, plan.tile.keys), jnp.float32))
+        logits = pl.run_scoped(first_logits, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.keys), jnp.float32))
         plgpu.barrier_arrive(keys.empty.at[slot(0)])
         floor = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW)
         maximum, weights = weigh(logits, 0, True, floor)
@@ -314,7 +315,7 @@ def _multiply(
             else:
                 out.at[item.split, item.example, item.head, rows, pl.ds(column, width)][...] = attended
 
-    pl.run_scoped(run, *(plgpu.ACC((ROWS, width), jnp.float32) for _, width in plan.parts))
+    pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32) for _, width in plan.parts))
     plgpu.commit_smem()
     if plan.splits == 1:
         for (column, width), attended in zip(plan.parts, queries.rows, strict=True):
