@@ -35,22 +35,25 @@ from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     CONSUMERS,
     DELTA,
     END,
+    LAYOUT,
     LSE,
     PRODUCER_REGISTERS,
     REGISTERS,
     START,
-    TILE,
     VECTORS,
     WHOLE,
+    Matrix,
+    add_product,
+    multiply_transposed,
     over_columns,
     over_rows,
+    parts,
     seen,
-    store,
-    tile,
     weights,
 )
 
 WEIGHTS, LOGITS, PRODUCER = range(3)  # warpgroups
+EXCHANGED = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)  # float32 through shared memory
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def gradients(
     dout: Float[Array, "B T N C"],
     *,
     scale: float,
-    tile_size: Tile,
+    tile: Tile,
     device: _dispatch.Device,
 ) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """dk and dv.
@@ -83,28 +86,26 @@ def gradients(
     hulls: of the keys of each cluster the first tile of queries that sees any, and the last (exclusive); at least one.
     """
     b, kv_heads, c = k.shape[0], k.shape[2], k.shape[3]
-    step = (tile_size.stages, tile_size.queries)
-    neighbours = plgpu.ClusterBarrier(
-        collective_axes=("neighbour",), num_arrivals=CONSUMERS, num_barriers=tile_size.stages
-    )
+    slots, copies = (tile.stages, tile.queries), len(parts(c))
+    neighbours = plgpu.ClusterBarrier(collective_axes=("neighbour",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
     dk, dv = launch(
-        partial(_kernel, scale=scale, sizes=tile_size, group=q.shape[2] // kv_heads),
+        partial(_kernel, scale=scale, sizes=tile, group=q.shape[2] // kv_heads),
         [hulls, rows, q, k, v, dout],
         [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
         name="prefix_lm_attention_dkv",
         device=device,
         grid={"batch": b, "head": kv_heads, "keys": hulls.shape[1]},
-        cluster={"neighbour": tile_size.cluster},
+        cluster={"neighbour": tile.cluster},
         warpgroups=CONSUMERS + 1,
         scratch=[
-            tile(tile_size.keys, c),
-            tile(tile_size.keys, c),
-            tile(*step, c),
-            tile(*step, c),
-            plgpu.SMEM((tile_size.stages, VECTORS, tile_size.queries), jnp.float32),
-            tile(tile_size.keys, tile_size.queries, dtype=jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=3, num_barriers=tile_size.stages),
+            Matrix.allocate(tile.keys, c),
+            Matrix.allocate(tile.keys, c),
+            Matrix.allocate(*slots, c),
+            Matrix.allocate(*slots, c),
+            plgpu.SMEM((tile.stages, VECTORS, tile.queries), jnp.float32),
+            plgpu.SMEM((tile.keys, tile.queries), jnp.float32, transforms=EXCHANGED),
+            plgpu.Barrier(num_arrivals=2 * copies),
+            plgpu.Barrier(num_arrivals=2 * copies + 1, num_barriers=tile.stages),
             neighbours,
             plgpu.Barrier(),
             plgpu.Barrier(),
@@ -138,6 +139,7 @@ def _kernel(
     sizes: Tile,
     group: int,
 ):
+    k_tile, v_tile, q_tiles, dout_tiles = map(Matrix.of, (k_tile, v_tile, q_tiles, dout_tiles))
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     cluster = lax.axis_index("keys")
     first_key = (cluster * sizes.cluster + lax.axis_index("neighbour")) * sizes.keys
@@ -145,6 +147,7 @@ def _kernel(
     first_tile, last_tile = hulls[batch, cluster, 0], hulls[batch, cluster, 1]
     steps = (last_tile - first_tile) * group
     square = sizes.keys, sizes.queries
+    zero = warpgroup * 0
 
     def slot(step):
         return lax.rem(step, sizes.stages)
@@ -155,8 +158,8 @@ def _kernel(
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        plgpu.copy_gmem_to_smem(k.at[here], k_tile, keys_loaded)
-        plgpu.copy_gmem_to_smem(v.at[here], v_tile, keys_loaded)
+        k_tile.load(k, here, keys_loaded, zero)
+        v_tile.load(v, here, keys_loaded, zero)
 
         # Also waits for the last slots: nobody may release a slot of a block that has ended.
         @pl.loop(0, steps + sizes.stages)
@@ -172,9 +175,8 @@ def _kernel(
                 query_head = head * group + lax.rem(step, group)
                 queries = pl.ds((first_tile + lax.div(step, group)) * sizes.queries, sizes.queries)
                 there = batch, queries, query_head
-                share = partial(plgpu.copy_gmem_to_smem, barrier=loaded.at[at], collective_axes="neighbour")
-                share(q.at[there], q_tiles.at[at])
-                share(dout.at[there], dout_tiles.at[at])
+                q_tiles.at(at).load(q, there, loaded.at[at], zero, collective_axes="neighbour")
+                dout_tiles.at(at).load(dout, there, loaded.at[at], zero, collective_axes="neighbour")
                 plgpu.copy_gmem_to_smem(rows.at[batch, query_head, :, queries], row_tiles.at[at], loaded.at[at])
 
     def summed(left, inner, outer, make, finish):
@@ -185,17 +187,14 @@ def _kernel(
 
         def multiply(product, at):
             plgpu.barrier_wait(loaded.at[at])
-            plgpu.wgmma(product, left, inner.at[at].T)
-
-        def add(total, operand, at):
-            plgpu.wgmma(total, operand, outer.at[at])
+            multiply_transposed(product, left, inner.at(at))
 
         def release(at):
             plgpu.wgmma_wait(0)
             plgpu.commit_smem()  # the vectors were read by ordinary loads
             plgpu.barrier_arrive(released.at[at])
 
-        def run(total):
+        def run(*sums):
             def first(product):
                 multiply(product, 0)
                 return make(product[...], 0)
@@ -205,8 +204,8 @@ def _kernel(
 
                 def products(product):
                     multiply(product, following)
-                    add(total, operand, at)
-                    return make(plgpu.wgmma_accumulator_load(product, wait_n=1), following)
+                    add_product(sums, operand, outer.at(at))
+                    return make(plgpu.wgmma_accumulator_load(product, wait_n=len(sums)), following)
 
                 made = pl.run_scoped(products, plgpu.ACC(square, jnp.float32))
                 release(at)
@@ -214,11 +213,11 @@ def _kernel(
 
             operand = finish(pl.run_scoped(first, plgpu.ACC(square, jnp.float32)), 0)
             operand = lax.fori_loop(0, steps - 1, step, operand)
-            add(total, operand, slot(steps - 1))
+            add_product(sums, operand, outer.at(slot(steps - 1)))
             release(slot(steps - 1))
-            return total[...]
+            return [total[...] for total in sums]
 
-        return pl.run_scoped(run, plgpu.ACC(left.shape, jnp.float32))
+        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in left.shapes))
 
     @pl.when(warpgroup == WEIGHTS)
     def _():
@@ -240,7 +239,8 @@ def _kernel(
             plgpu.barrier_arrive(weights_made)
             return made.astype(jnp.bfloat16)
 
-        store(summed(k_tile, q_tiles, dout_tiles, make, finish), k_tile, dv.at[here])  # nobody else reads k
+        sums = summed(k_tile, q_tiles, dout_tiles, make, finish)
+        k_tile.store(sums, dv, here, zero)  # nobody else reads k
 
     @pl.when(warpgroup == LOGITS)
     def _():
@@ -251,9 +251,9 @@ def _kernel(
         def make(dweights, at):
             difference = dweights - vector(at, DELTA)
             plgpu.barrier_wait(weights_made)
-            made = plgpu.load(weights_tile, layout=TILE)
+            made = plgpu.load(weights_tile, layout=LAYOUT)
             plgpu.barrier_arrive(weights_read)
             return made * difference
 
-        total = summed(v_tile, dout_tiles, q_tiles, make, lambda dlogits, _: dlogits.astype(jnp.bfloat16))
-        store(total * scale, v_tile, dk.at[here])
+        sums = summed(v_tile, dout_tiles, q_tiles, make, lambda dlogits, _: dlogits.astype(jnp.bfloat16))
+        v_tile.store([total * scale for total in sums], dk, here, zero)

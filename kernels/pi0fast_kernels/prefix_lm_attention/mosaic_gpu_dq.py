@@ -35,11 +35,13 @@ from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     PRODUCER_REGISTERS,
     REGISTERS,
     START,
+    Matrix,
+    add_product,
+    multiply_transposed,
     over_columns,
     over_rows,
+    parts,
     seen,
-    store,
-    tile,
     weights,
 )
 
@@ -65,17 +67,19 @@ def gradient(
     dout: Float[Array, "B T N C"],
     *,
     scale: float,
-    tile_size: Tile,
+    tile: Tile,
     device: _dispatch.Device,
 ) -> Float[Array, "B T N C"]:
     """dq.
 
     hulls: of each `QUERIES` queries the first block of keys that any sees, the last (exclusive), and between which keys
         all that see any see all.
+    rows: the vectors of `mosaic_gpu_tiles`.
     """
     b, _, n, c = q.shape
+    copies = len(parts(c))
     (dq,) = launch(
-        partial(_kernel, scale=scale, sizes=tile_size, group=n // k.shape[2]),
+        partial(_kernel, scale=scale, sizes=tile, group=n // k.shape[2]),
         [hulls, rows, q, k, v, dout],
         [jax.ShapeDtypeStruct(q.shape, q.dtype)],
         name="prefix_lm_attention_dq",
@@ -83,12 +87,12 @@ def gradient(
         grid={"batch": b, "head": n, "tile": hulls.shape[1]},
         warpgroups=CONSUMERS + 1,
         scratch=[
-            tile(CONSUMERS, ROWS, c),
-            tile(CONSUMERS, ROWS, c),
-            tile(tile_size.slots, tile_size.keys, c),
-            plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-            plgpu.Barrier(num_barriers=tile_size.slots),
-            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile_size.slots),
+            Matrix.allocate(CONSUMERS, ROWS, c),
+            Matrix.allocate(CONSUMERS, ROWS, c),
+            Matrix.allocate(tile.slots, tile.keys, c),
+            plgpu.Barrier(num_arrivals=2 * copies, num_barriers=CONSUMERS),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=tile.slots),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.slots),
         ],
     )
     return dq
@@ -113,10 +117,12 @@ def _kernel(
     sizes: Tile,
     group: int,
 ):
+    q_tiles, dout_tiles, key_tiles = map(Matrix.of, (q_tiles, dout_tiles, key_tiles))
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
-    last = hulls.shape[1] - 1
-    tile_index = last - lax.axis_index("tile")  # the last queries see most under a causal mask: they go first
-    first_block, last_block, whole_from, whole_to = (hulls[batch, tile_index, i] for i in range(4))
+    # The last queries see most under a causal mask: they go first.
+    tile = hulls.shape[1] - 1 - lax.axis_index("tile")
+    first_block, last_block, whole_from, whole_to = (hulls[batch, tile, i] for i in range(4))
+    zero = warpgroup * 0
 
     def slot(copy):
         return lax.rem(copy, sizes.slots)
@@ -128,22 +134,22 @@ def _kernel(
         @pl.loop(0, last_block - first_block)
         def _(step):
             keys = pl.ds((first_block + step) * sizes.keys, sizes.keys)
-            for of, copy in ((k, 2 * step), (v, 2 * step + 1)):
+            for source, copy in ((k, 2 * step), (v, 2 * step + 1)):
 
                 @pl.when(copy >= sizes.slots)
                 def _(copy=copy):
                     plgpu.barrier_wait(released.at[slot(copy)])
 
-                source = of.at[batch, keys, lax.div(head, group)]
-                plgpu.copy_gmem_to_smem(source, key_tiles.at[slot(copy)], loaded.at[slot(copy)])
+                where = batch, keys, lax.div(head, group)
+                key_tiles.at(slot(copy)).load(source, where, loaded.at[slot(copy)], zero)
 
     def consume(own):
         plgpu.set_max_registers(REGISTERS, action="increase")
-        queries = pl.ds(tile_index * QUERIES + own * ROWS, ROWS)
+        queries = pl.ds(tile * QUERIES + own * ROWS, ROWS)
         here = batch, queries, head
-        q_tile, dout_tile = q_tiles.at[own], dout_tiles.at[own]
-        plgpu.copy_gmem_to_smem(q.at[here], q_tile, rows_loaded.at[own])
-        plgpu.copy_gmem_to_smem(dout.at[here], dout_tile, rows_loaded.at[own])
+        q_tile, dout_tile = q_tiles.at(own), dout_tiles.at(own)
+        q_tile.load(q, here, rows_loaded.at[own], zero)
+        dout_tile.load(dout, here, rows_loaded.at[own], zero)
         square = ROWS, sizes.keys
 
         def vector(which):
@@ -153,17 +159,18 @@ def _kernel(
         lse, delta, start, end = map(vector, (LSE, DELTA, START, END))
         plgpu.barrier_wait(rows_loaded.at[own])
 
-        def run(total):
+        def run(*sums):
             @pl.loop(0, last_block - first_block)
             def _(step):
                 k_slot, v_slot = slot(2 * step), slot(2 * step + 1)
+                k_tile, v_tile = key_tiles.at(k_slot), key_tiles.at(v_slot)
 
                 def products(logits, dweights):
                     plgpu.barrier_wait(loaded.at[k_slot])
-                    plgpu.wgmma(logits, q_tile, key_tiles.at[k_slot].T)
+                    multiply_transposed(logits, q_tile, k_tile)
                     plgpu.barrier_wait(loaded.at[v_slot])
-                    plgpu.wgmma(dweights, dout_tile, key_tiles.at[v_slot].T)
-                    made = weights(plgpu.wgmma_accumulator_load(logits, wait_n=1), lse, scale)
+                    multiply_transposed(dweights, dout_tile, v_tile)
+                    made = weights(plgpu.wgmma_accumulator_load(logits, wait_n=len(sums)), lse, scale)
                     return made, dweights[...]
 
                 made, dweights = pl.run_scoped(products, *2 * [plgpu.ACC(square, jnp.float32)])
@@ -177,13 +184,14 @@ def _kernel(
                 first_key = (first_block + step) * sizes.keys
                 partly = (first_key < whole_from) | (first_key + sizes.keys > whole_to)
                 dlogits = lax.cond(partly, masked, lambda: dlogits)
-                plgpu.wgmma(total, dlogits.astype(jnp.bfloat16), key_tiles.at[k_slot])
+                add_product(sums, dlogits.astype(jnp.bfloat16), k_tile)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(released.at[k_slot])
 
-            return total[...] * scale
+            return [total[...] * scale for total in sums]
 
-        store(pl.run_scoped(run, plgpu.ACC(q_tile.shape, jnp.float32)), q_tile, dq.at[here])
+        sums = pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in q_tile.shapes))
+        q_tile.store(sums, dq, here, zero)
 
     for own in range(CONSUMERS):  # with `own` known beforehand, addresses of q and dout take no registers
         pl.when(warpgroup == own)(partial(consume, own))
