@@ -21,6 +21,7 @@ from bench import peers
 from bench.hopper_model import Work
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels.prefix_lm_attention import (
+    mosaic_gpu,
     mosaic_gpu_backward,
     mosaic_gpu_dkv,
     mosaic_gpu_dq,
@@ -57,8 +58,8 @@ class Program:
         if self.in_order:
             of_kernel = zip(reports, self.kernels, strict=True)
         else:
-            names = [f"prefix_lm_attention_{kernel[0]}_" for kernel in self.kernels if kernel]
-            ours = [[report for report in reports if report.name.startswith(name)] for name in names]
+            names = [kernel[0].replace("few_rows", "forward") for kernel in self.kernels if kernel]
+            ours = [[x for x in reports if x.name.startswith(f"prefix_lm_attention_{name}_")] for name in names]
             assert all(len(each) == 1 for each in ours), (names, reports)
             of_kernel = zip((each[0] for each in ours), self.kernels, strict=True)
         yield from ((report, *kernel) for report, kernel in of_kernel if kernel is not None)
@@ -78,24 +79,54 @@ def shipped() -> Iterator[Program]:
     others = [dataclasses.replace(gqa, name="causal_gqa_64", head_dim=64)]
     others += [dataclasses.replace(inference, name=f"pi0_inference_{c}", head_dim=c) for c in (64, 128)]
     for case in (*CASES, *others):
+        yield forward(case, mosaic_gpu.tuning(case.head_dim))
         if "inference" not in case.name:
             yield backward(case, mosaic_gpu_backward.tuning(case.head_dim))
 
 
 def grid() -> Iterator[Program]:
-    """Tiles that might do better, for one case of each head dimension."""
+    """Tiles that might do better: for one case of each head dimension, and for one with few rows."""
+    for name in ("pi0_prefix", "pi0_inference", "siglip", "causal_gqa"):
+        case = NAMED[name]
+        chosen = mosaic_gpu.tuning(case.head_dim)
+        which = "few_rows" if name == "pi0_inference" else "forward"
+        for tile in mosaic_gpu.candidates(case.head_dim):
+            fewer = case.head_dim <= 128 and (
+                tile.warpgroups == 1 or tile.stages > 3
+            )  # half of a processor, or no more
+            if tile != getattr(chosen, which) and not fewer:
+                yield forward(case, dataclasses.replace(chosen, **{which: tile}), shipped=False)
     for name in ("pi0_prefix", "siglip", "causal_gqa"):
         case = NAMED[name]
         chosen = mosaic_gpu_backward.tuning(case.head_dim)
         wide = case.head_dim > 128
-        for keys, slots in itertools.product((64,) if wide else (64, 128), (2, 3) if wide else (2, 3, 4, 6)):
+        for keys, slots in itertools.product((64,) if wide else (64, 128), (2, 3) if wide else (2, 3, 4)):
             tile = mosaic_gpu_dq.Tile(keys, slots)
             if tile != chosen.dq:
                 yield backward(case, dataclasses.replace(chosen, dq=tile), "dq", shipped=False)
-        for queries, stages, cluster in itertools.product((64,) if wide else (64, 128), (1, 2, 3), (1, 2)):
+        for queries, stages, cluster in itertools.product((64,) if wide else (64, 128), (1, 2), (1, 2)):
             tile = mosaic_gpu_dkv.Tile(64, queries, stages, cluster)
             if tile != chosen.dkv:
                 yield backward(case, dataclasses.replace(chosen, dkv=tile), "dkv", shipped=False)
+
+
+def forward(case: Case, config: mosaic_gpu.TuningConfig, *, shipped: bool = True) -> Program:
+    arguments = jax.eval_shape(lambda: _inputs(case))
+    run = partial(mosaic_gpu.forward, scale=case.scale, device=DEVICE, config=config)
+    q, k, *_ = arguments
+    plan = mosaic_gpu.forward_plan(q, k, config, SMS)
+    work = Work(
+        2,
+        plan.tile.rows,
+        plan.tile.keys,
+        plan.width,
+        heads_apart=case.kv_heads > 1,
+        consumers=plan.tile.warpgroups,
+        splits=plan.splits,
+        persistent=True,
+    )
+    name = "few_rows" if plan.splits > 1 else "forward"
+    return Program("pi0fast", case, run, arguments, ((name, dataclasses.asdict(plan.tile), work),), shipped)
 
 
 def backward(case: Case, config: mosaic_gpu_backward.TuningConfig, *of_interest: str, shipped: bool = True) -> Program:
