@@ -73,16 +73,20 @@ def launch(
         return _dispatch.vary_as(call(*arrays), arrays)
 
 
-def swizzled(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory of one swizzle's width (16, 32 or 64 16-bit numbers), in tiles of eight rows as wgmma takes it."""
+def swizzled(shape: Sequence[int], dtype: Any, device: _dispatch.Device) -> Any:
+    """Shared memory as wide as its swizzle (16, 32 or 64 bfloat16): the first view is for wgmma, the last for TMA.
+
+    wgmma takes tiles of eight rows, and what is copied as tiles has to be whole tiles. In memory as wide as its swizzle
+    tiles follow each other as rows do: copied as rows, what lies past an array's end is zeros on the way in and left
+    out on the way out. That both views begin at the same byte is not promised by Pallas; a test reads it from what is
+    compiled. The interpreter knows neither tiles nor two views of one memory: there they are the same.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    swizzle = plgpu.SwizzleTransform(shape[-1] * jnp.dtype(dtype).itemsize)
-    tiled = plgpu.SMEM(tuple(shape), dtype, transforms=(plgpu.TilingTransform((8, shape[-1])), swizzle))
-    if INTERPRET:
-        return tiled
-    return plgpu.RefUnion(tiled, plgpu.SMEM(tuple(shape), dtype, transforms=(swizzle,)))
-
-
-def views(ref: Any):
-    return (ref, ref) if INTERPRET else tuple(ref)
+    # pyright takes these for abstract
+    swizzle = plgpu.SwizzleTransform(shape[-1] * jnp.dtype(dtype).itemsize)  # pyright: ignore[reportAbstractUsage]
+    tiling = plgpu.TilingTransform((8, shape[-1]))  # pyright: ignore[reportAbstractUsage]
+    tiles = plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, swizzle))
+    if device.platform != "cuda":
+        return [tiles]
+    return plgpu.RefUnion(tiles, plgpu.SMEM(tuple(shape), dtype, transforms=(swizzle,)))

@@ -1,9 +1,32 @@
-"""TODO"""
+"""Interval-masked attention, forward, for Hopper: copies, products and softmax overlap in one persistent kernel.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+Why, in operations (derived): at head dimension 256 a block of 64 keys costs a warpgroup 1024 cycles of the tensor cores
+and 2 x 64 x 64 exponentials and roundings, in which the tensor cores are idle unless something else is multiplied.
+Triton's compiler has no warpgroups with tasks of their own; XLA writes the logits to memory.
+
+Three warpgroups share a block of threads. One copies: keys and values go around in rings of `Tile.stages` blocks, each
+slot with a barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of
+weighted values in registers. They multiply the logits of the next block and the weights of this one at once, then make
+the next weights while the second product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
+registers. `mosaic_gpu_schedule` says which blocks of keys an item visits.
+
+The wait for the next block's keys stands between the weights and the wait for the product: it ends a basic block, and
+ptxas otherwise moves the second wait in front of the exponentials.
+
+Rows are always rescaled when a maximum grows. To do so only when needed takes a vote of four warps through shared
+memory; at head dimension 256 it would save 128 of 521 instructions, and the tensor cores are what limits the loop.
+
+Numerics: products accumulate in float32; exp2, log2 and division are the hardware's approximations; the weights are
+rounded to bfloat16 before they multiply v (before they are normalised, where the reference rounds after).
+
+Backend: compute capability 9.0. A head dimension is cut into parts of 64 columns and a rest of 16, 32 or 64, a copy
+each, so that TMA checks the bounds of rows and columns and nothing is padded in memory. What of it holds on a GPU is
+not known yet: it has been compiled for one and has run in an interpreter.
+"""
+
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,309 +36,298 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
-from pi0fast_kernels._mosaic_gpu import launch, swizzled, views
+from pi0fast_kernels._mosaic_gpu import launch, swizzled
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import ROWS, Plan, intervals, schedule
 
 LOG2_E = 1.4426950408889634
 MASKED = -1e30  # a logit that is not seen
 FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
-ROWS = 64  # of one warpgroup: wgmma's
-COLUMNS = 64  # of one part of the head dimension: the widest that shared memory is swizzled in
-MATRIX, BY_ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one value for each row of a product
+
+# Registers of a thread that copies and of one that multiplies, by how many warpgroups multiply: 65536 in all.
+REGISTERS = {2: (24, 240), 3: (32, 160)}
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut up.
+class Slots(NamedTuple):
+    """A ring of blocks in shared memory, of each part of the head dimension. tiles: for wgmma; rows: the same, for TMA."""
 
-    keys: of one block, a multiple of 64. stages: blocks of keys, and of values, that are on chip at once.
-    warpgroups: that multiply, each 64 rows.
+    tiles: list[Any]
+    rows: list[Any]
+    full: Any
+    empty: Any
+
+
+class Item(NamedTuple):
+    """One tile of rows against one part of the keys: where it is, and the blocks it visits (see `schedule`)."""
+
+    example: Any
+    head: Any
+    row: Any
+    split: Any
+    first: Any
+    left: Any
+    masked: Any
+    whole: Any
+
+    @property
+    def visits(self):
+        return self.masked + self.whole
+
+    def key_block(self, n):
+        """The n-th that it visits."""
+        behind = jnp.where(n < self.masked, self.whole, self.left - self.masked)
+        return self.first + n + jnp.where(n < self.left, 0, behind)
+
+
+def attend(
+    q: Float[Array, "B T N C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    key_start: Int[Array, "B T"],
+    key_end: Int[Array, "B T"],
+    plan: Plan,
+    *,
+    scale: float,
+    device: _dispatch.Device,
+) -> tuple[jax.Array, jax.Array]:
+    """The attended values [B, packed, heads, C], and the logsumexp of each row's logits [B, heads, padded].
+
+    With `plan.splits` > 1 the results of each part of the keys, which `combine` puts together: [splits, B, heads,
+    padded, width] in float32, and [splits, B, heads, padded], very negative where a row sees none of them.
     """
+    bounds = intervals(key_start, key_end, plan)
+    splits = () if plan.splits == 1 else (plan.splits,)
+    out = (plan.batch, plan.packed, plan.heads, plan.head_dim)
+    if splits:
+        out = (*splits, plan.batch, plan.heads, plan.padded, plan.width)
+    warpgroups, stages, parts = plan.tile.warpgroups, plan.tile.stages, len(plan.parts)
 
-    keys: int
-    stages: int
-    warpgroups: int
+    def buffers(*shape: int) -> list[Any]:
+        return [swizzled((*shape, width), q.dtype, device) for _, width in plan.parts]
 
+    def barriers(count: int, arrivals: int) -> Any:
+        return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
 
-@dataclass(frozen=True)
-class Plan:
-    """How one call is cut up.
-
-    group: query heads that share a tile. heads: groups of them. kv_group: how many of those share a key/value head.
-    packed: rows of one group. splits: parts of the keys, each of which gives a result of its own.
-    """
-
-    tile: Tile
-    batch: int
-    group: int
-    heads: int
-    kv_group: int
-    packed: int
-    num_keys: int
-    head_dim: int
-    splits: int
-
-    @property
-    def rows(self) -> int:
-        return ROWS * self.tile.warpgroups
-
-    @property
-    def tiles(self) -> int:
-        return pl.cdiv(self.packed, self.rows)
-
-    @property
-    def padded(self) -> int:
-        return self.tiles * self.rows
-
-    @property
-    def blocks(self) -> int:
-        return pl.cdiv(self.num_keys, self.tile.keys)
-
-    @property
-    def items(self) -> int:
-        return self.batch * self.heads * self.tiles * self.splits
-
-    @property
-    def parts(self) -> list[tuple[int, int]]:
-        """Of the head dimension: where each begins, and its width."""
-        whole, rest = divmod(self.head_dim, COLUMNS)
-        widths = [COLUMNS] * whole + [next(w for w in (16, 32, 64) if w >= rest)] * (rest > 0)
-        return [(COLUMNS * i, width) for i, width in enumerate(widths)]
-
-
-def intervals(key_start, key_end, plan: Plan) -> Int[Array, "2 B rows"]:
-    bounds = jnp.stack([jnp.maximum(key_start, 0), jnp.minimum(key_end, plan.num_keys)])
-    rows = jnp.repeat(bounds, plan.group, axis=2)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.padded - plan.packed)))
-
-
-def schedule(ranges: Int[Array, "2 B rows"], plan: Plan) -> Int[Array, "5 items"]:
-    start, end = ranges.reshape(2, plan.batch, 1, plan.tiles, 1, plan.rows)
-    sees = start < end
-    keys = plan.tile.keys
-    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), -1), keys)
-    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), -1) // keys, last)
-    whole_from = pl.cdiv(jnp.max(jnp.where(sees, start, 0), -1), keys)
-    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), -1) // keys
-    each = pl.cdiv(last - first, plan.splits)
-    first = first + each * jnp.arange(plan.splits)
-    last = jnp.minimum(first + each, last)
-    whole_from = jnp.clip(whole_from, first, last)
-    whole_to = jnp.clip(whole_to, whole_from, last)
-    none = first >= last
-    first = jnp.where(none, plan.blocks, first)
-    left = jnp.where(none, 1, whole_from - first)
-    whole = jnp.where(none, 0, whole_to - whole_from)
-    masked = jnp.where(none, 1, last - first - whole)
-    shape = plan.batch, plan.heads, plan.tiles, plan.splits
-    first, left, masked, whole = (jnp.broadcast_to(x, shape).reshape(-1) for x in (first, left, masked, whole))
-    order = jnp.argsort(-(masked + whole))
-    return jnp.stack([order, first[order], left[order], masked[order], whole[order]]).astype(jnp.int32)
-
-
-def _kernel(items_g, bounds_g, q_g, k_g, v_g, out_g, lse_g, q_s, k_s, v_s, lse_s, *barriers, plan: Plan, scale: float):
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    q_s, k_s, v_s = ([views(part) for part in buffers] for buffers in (q_s, k_s, v_s))
-    (q_s, q_r), (k_s, k_r), (v_s, v_r) = (list(zip(*x)) for x in (q_s, k_s, v_s))
-    tile, warpgroup = plan.tile, lax.axis_index("warpgroup")
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
-    mine = lax.div(plan.items - 1 - block, blocks) + 1
-    stages = tile.stages
-
-    def item(i):
-        number, first, left, masked, whole = (items_g[j, block + i * blocks] for j in range(5))
-        split = lax.rem(number, plan.splits)
-        number = lax.div(number, plan.splits)
-        row = lax.rem(number, plan.tiles) * plan.rows
-        number = lax.div(number, plan.tiles)
-        head = lax.rem(number, plan.heads)
-        example = lax.div(number, plan.heads)
-
-        def key_of(n):
-            skipped = jnp.where(n < left, 0, jnp.where(n < masked, whole, left - masked))
-            return (first + n + skipped) * tile.keys
-
-        return example, head, row, split, masked, whole, key_of
-
-    @pl.when(warpgroup == tile.warpgroups)
-    def _produce():
-        plgpu.set_max_registers(24, action="decrease")
-
-        def run(i, loaded):
-            example, head, row, _, masked, whole, key_of = item(i)
-            kv_head = lax.div(head, plan.kv_group)
-
-            @pl.when(i > 0)
-            def _():
-                plgpu.barrier_wait(q_empty)
-
-            for (column, width), to in zip(plan.parts, q_r, strict=True):
-                for w in range(tile.warpgroups):
-                    rows = pl.ds(row + w * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(
-                        q_g.at[example, rows, head, pl.ds(example * 0 + column, width)], to.at[w], q_full
-                    )
-
-            def load(n, loaded):
-                slot = lax.rem(loaded, stages)
-                keys = pl.ds(key_of(n), tile.keys)
-                for source, to, full, empty in ((k_g, k_r, k_full, k_empty), (v_g, v_r, v_full, v_empty)):
-
-                    @pl.when(loaded >= stages)
-                    def _(empty=empty):
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    for (column, width), part in zip(plan.parts, to, strict=True):
-                        plgpu.copy_gmem_to_smem(
-                            source.at[example, keys, kv_head, pl.ds(example * 0 + column, width)],
-                            part.at[slot],
-                            full.at[slot],
-                        )
-                return loaded + 1
-
-            return lax.fori_loop(0, masked + whole, load, loaded)
-
-        lax.fori_loop(0, mine, run, jnp.int32(0))
-
-    @pl.when(warpgroup < tile.warpgroups)
-    def _consume():
-        plgpu.set_max_registers(240, action="increase")
-
-        def run(i, used):
-            example, head, row, split, masked, whole, key_of = item(i)
-            rows = pl.ds(row + warpgroup * ROWS, ROWS)
-            start, end = (plgpu.load(bounds_g.at[j, example, rows], layout=BY_ROW, optimized=False) for j in range(2))
-            total = masked + whole
-
-            def logits(slot, s):
-                for q, k in zip(q_s, k_s, strict=True):
-                    plgpu.wgmma(s, q.at[warpgroup], k.at[slot].T)
-
-            def values(slot, p, accs):
-                for acc, v in zip(accs, v_s, strict=True):
-                    plgpu.wgmma(acc, p, v.at[slot])
-
-            def softmax(s, n, is_masked, m):
-                factor = scale * LOG2_E
-                if is_masked:
-                    key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=MATRIX) + key_of(n)
-                    visible = (lax.broadcast_in_dim(start, s.shape, [0]) <= key) & (
-                        key < lax.broadcast_in_dim(end, s.shape, [0])
-                    )
-                    s = jnp.where(visible, s * factor, MASKED)
-                    factor = 1.0
-                new = jnp.maximum(m, jnp.max(s, axis=1) * factor)
-                p = jnp.exp2(s * factor - lax.broadcast_in_dim(new, s.shape, [0]))
-                return new, p
-
-            def attend(*accs):
-                slot = lax.rem(used, stages)
-                plgpu.barrier_wait(q_full)
-                plgpu.barrier_wait(k_full.at[slot])
-
-                def first_logits(s):
-                    logits(slot, s)
-                    return s[...]
-
-                shape = ROWS, tile.keys
-                s = pl.run_scoped(first_logits, plgpu.ACC(shape, jnp.float32))
-                plgpu.barrier_arrive(k_empty.at[slot])
-                m = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW)
-                m, p = softmax(s, 0, True, m)
-                l = jnp.sum(p, axis=1)
-                p = p.astype(jnp.bfloat16)
-
-                def wait_keys(n):
-                    @pl.when(n < total)
-                    def _():
-                        plgpu.barrier_wait(k_full.at[lax.rem(used + n, stages)])
-
-                wait_keys(1)
-
-                def step(n, carry, *, is_masked):
-                    m, l, p = carry
-                    slot, before = lax.rem(used + n, stages), lax.rem(used + n - 1, stages)
-                    plgpu.barrier_wait(v_full.at[before])
-
-                    def overlapped(s):
-                        logits(slot, s)
-                        values(before, p, accs)
-                        return plgpu.wgmma_accumulator_load(s, wait_n=len(accs))
-
-                    s = pl.run_scoped(overlapped, plgpu.ACC(shape, jnp.float32))
-                    plgpu.barrier_arrive(k_empty.at[slot])
-                    new, weights = softmax(s, n, is_masked, m)
-                    shrink = jnp.exp2(m - new)
-                    l = l * shrink + jnp.sum(weights, axis=1)
-                    wait_keys(n + 1)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(v_empty.at[before])
-                    for acc in accs:
-                        acc[...] = acc[...] * lax.broadcast_in_dim(shrink, acc.shape, [0])
-                    return new, l, weights.astype(jnp.bfloat16)
-
-                carry = lax.fori_loop(1, masked, partial(step, is_masked=True), (m, l, p))
-                m, l, p = lax.fori_loop(jnp.maximum(masked, 1), total, partial(step, is_masked=False), carry)
-                last = lax.rem(used + total - 1, stages)
-                plgpu.barrier_wait(v_full.at[last])
-                values(last, p, accs)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(v_empty.at[last])
-                sees = (start < end) & (l > 0)
-                inverse = jnp.where(sees, 1 / l, 0.0)
-                lse_s.at[warpgroup][...] = jnp.where(sees, (m + jnp.log2(l)) / LOG2_E, NO_KEYS)
-                for acc, to in zip(accs, q_s, strict=True):
-                    to.at[warpgroup][...] = (acc[...] * lax.broadcast_in_dim(inverse, acc.shape, [0])).astype(to.dtype)
-
-            pl.run_scoped(attend, *(plgpu.ACC((ROWS, width), jnp.float32) for _, width in plan.parts))
-            plgpu.commit_smem()
-            for (column, width), part in zip(plan.parts, q_r, strict=True):
-                plgpu.copy_smem_to_gmem(
-                    part.at[warpgroup], out_g.at[example, rows, head, pl.ds(example * 0 + column, width)]
-                )
-            plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse_g.at[example, head, rows])
-            plgpu.wait_smem_to_gmem(0)
-            plgpu.barrier_arrive(q_empty)
-            return used + total
-
-        lax.fori_loop(0, mine, run, jnp.int32(0))
-
-
-def attend(q, k, v, key_start, key_end, *, scale: float, device: _dispatch.Device, tile: Tile, splits: int = 1):
-    b, t, n, c = q.shape
-    s, kv_heads = k.shape[1:3]
-    group = n if kv_heads == 1 else 1
-    heads = n // group
-    plan = Plan(tile, b, group, heads, heads // kv_heads, t * group, s, c, splits)
-    ranges = intervals(key_start, key_end, plan)
-    blocks = min(plan.items, device.num_cores or 132)
-    barrier = plgpu.Barrier
-    parts = len(plan.parts)
-    each = partial(barrier, num_barriers=tile.stages)
-    shared = lambda *shape: [swizzled((*shape, width), q.dtype) for _, width in plan.parts]  # noqa: E731
-    out, lse = launch(
+    ring = buffers(stages, plan.tile.keys), barriers(stages, parts), barriers(stages, warpgroups)
+    attended, lse = launch(
         partial(_kernel, plan=plan, scale=scale),
-        [schedule(ranges, plan), ranges, q.reshape(b, -1, heads, c), k, v],
+        [schedule(bounds, plan), bounds, q.reshape(plan.batch, plan.packed, plan.heads, plan.head_dim), k, v],
         [
-            jax.ShapeDtypeStruct((b, plan.packed, heads, c), q.dtype),
-            jax.ShapeDtypeStruct((b, heads, plan.padded), jnp.float32),
+            jax.ShapeDtypeStruct(out, jnp.float32 if splits else q.dtype),
+            jax.ShapeDtypeStruct((*splits, plan.batch, plan.heads, plan.padded), jnp.float32),
         ],
         name="prefix_lm_attention_forward",
         device=device,
-        grid={"block": blocks},
-        warpgroups=tile.warpgroups + 1,
+        grid={"block": plan.blocks},
+        warpgroups=warpgroups + 1,
         scratch=[
-            shared(tile.warpgroups, ROWS),
-            shared(tile.stages, tile.keys),
-            shared(tile.stages, tile.keys),
-            plgpu.SMEM((tile.warpgroups, ROWS), jnp.float32),
-            barrier(num_arrivals=parts * tile.warpgroups),
-            barrier(num_arrivals=tile.warpgroups),
-            each(num_arrivals=parts),
-            each(num_arrivals=tile.warpgroups),
-            each(num_arrivals=parts),
-            each(num_arrivals=tile.warpgroups),
+            (buffers(warpgroups, ROWS), barriers(warpgroups, 1 + parts), barriers(warpgroups, 1)),
+            ring,
+            ring,
+            plgpu.SMEM((warpgroups, 2, ROWS), jnp.int32),
+            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
         ],
     )
-    lse = jnp.moveaxis(lse[:, :, : plan.packed], 1, 2).reshape(b, t, n)
-    return out.reshape(q.shape), lse
+    return attended, lse
+
+
+def combine(
+    out: Float[Array, "splits B heads padded width"], lse: Float[Array, "splits B heads padded"]
+) -> tuple[Float[Array, "B heads padded width"], Float[Array, "B heads padded"]]:
+    """The results of all keys from those of each part of them."""
+    total = jax.nn.logsumexp(lse, axis=0)
+    attended = jnp.sum(out * jnp.exp(lse - total)[..., None], axis=0)
+    return attended, jnp.where(total > -NO_KEYS / 2, total, NO_KEYS)
+
+
+def _kernel(items, bounds, q, k, v, out, lse, q_slots, k_slots, v_slots, bounds_s, lse_s, *, plan: Plan, scale: float):
+    queries, keys, values = (_slots(*slots) for slots in (q_slots, k_slots, v_slots))
+    warpgroup = lax.axis_index("warpgroup")
+    producer, consumers = REGISTERS.get(plan.tile.warpgroups, (None, None))
+
+    @pl.when(warpgroup == plan.tile.warpgroups)
+    def _():
+        if producer:
+            plgpu.set_max_registers(producer, action="decrease")
+        copy = partial(_copy, bounds, q, k, v, bounds_s, queries, keys, values, plan)
+        _for_each_item(items, plan, copy)
+
+    @pl.when(warpgroup < plan.tile.warpgroups)
+    def _():
+        if consumers:
+            plgpu.set_max_registers(consumers, action="increase")
+        multiply = partial(_multiply, out, lse, bounds_s, lse_s, queries, keys, values, plan, scale)
+        _for_each_item(items, plan, multiply)
+
+
+def _slots(parts, full, empty) -> Slots:
+    return Slots([views[0] for views in parts], [views[-1] for views in parts], full, empty)
+
+
+def _for_each_item(items, plan: Plan, run: Callable[..., Any]) -> None:
+    """`run(item, whether it is the block's first, blocks of keys visited before)` → those visited after."""
+    block = lax.axis_index("block")
+
+    def one(i, visited):
+        number, *visits = (items[j, block + i * plan.blocks] for j in range(5))
+        number, split = lax.div(number, plan.splits), lax.rem(number, plan.splits)
+        number, tile = lax.div(number, plan.tiles), lax.rem(number, plan.tiles)
+        example, head = lax.div(number, plan.heads), lax.rem(number, plan.heads)
+        item = Item(example, head, tile * plan.tile.rows, split, *visits)
+        run(item, i == 0, visited)
+        return visited + item.visits
+
+    lax.fori_loop(0, lax.div(plan.items - 1 - block, plan.blocks) + 1, one, jnp.int32(0))
+
+
+def _copy(bounds, q, k, v, bounds_s, queries: Slots, keys: Slots, values: Slots, plan: Plan, item: Item, first, copied):
+    """Fills the slots: a block of keys and values, then q, so that keys are on their way while the last item ends."""
+
+    def parts():
+        """Columns, as a slice that may reach past the end: one whose beginning is not known may."""
+        return [pl.ds(item.first * 0 + column, width) for column, width in plan.parts]
+
+    def block(n, slot):
+        rows = pl.ds(item.key_block(n) * plan.tile.keys, plan.tile.keys)
+        for source, slots in ((k, keys), (v, values)):
+
+            @pl.when(copied + n >= plan.tile.stages)
+            def _(slots=slots):
+                plgpu.barrier_wait(slots.empty.at[slot])
+
+            for columns, to in zip(parts(), slots.rows, strict=True):
+                head = lax.div(item.head, plan.kv_group)
+                plgpu.copy_gmem_to_smem(source.at[item.example, rows, head, columns], to.at[slot], slots.full.at[slot])
+
+    def next_block(n, _):
+        block(n, lax.rem(copied + n, plan.tile.stages))
+
+    next_block(0, None)
+    for warpgroup in range(plan.tile.warpgroups):
+
+        @pl.when(jnp.logical_not(first))
+        def _(warpgroup=warpgroup):
+            plgpu.barrier_wait(queries.empty.at[warpgroup])
+
+        rows, full = pl.ds(item.row + warpgroup * ROWS, ROWS), queries.full.at[warpgroup]
+        plgpu.copy_gmem_to_smem(bounds.at[item.example, :, rows], bounds_s.at[warpgroup], full)
+        for columns, to in zip(parts(), queries.rows, strict=True):
+            plgpu.copy_gmem_to_smem(q.at[item.example, rows, item.head, columns], to.at[warpgroup], full)
+    lax.fori_loop(1, item.visits, next_block, None)
+
+
+def _multiply(
+    out, lse, bounds_s, lse_s, queries: Slots, keys: Slots, values: Slots, plan: Plan, scale, item: Item, first, visited
+):
+    """Empties the slots: the attended values of this warpgroup's rows."""
+    del first
+    # Plus a zero that the compiler does not know: else it computes every address of the loops before them, more than
+    # registers hold, and spills (28 bytes at head dimension 256).
+    warpgroup = lax.axis_index("warpgroup") + jnp.minimum(item.first, 0)
+    rows = pl.ds(item.row + lax.axis_index("warpgroup") * ROWS, ROWS)
+
+    def slot(n):
+        return lax.rem(visited + n, plan.tile.stages)
+
+    def multiply_keys(logits, n):
+        for q, k in zip(queries.tiles, keys.tiles, strict=True):
+            plgpu.wgmma(logits, q.at[warpgroup], k.at[slot(n)].T)
+
+    def multiply_values(sums, weights, n):
+        for part, v in zip(sums, values.tiles, strict=True):
+            plgpu.wgmma(part, weights, v.at[slot(n)])
+
+    def wait_for_keys(n):
+        @pl.when(n < item.visits)
+        def _():
+            plgpu.barrier_wait(keys.full.at[slot(n)])
+
+    def load_bounds():
+        return [plgpu.load(bounds_s.at[warpgroup, i], layout=BY_ROW) for i in range(2)]
+
+    def weigh(logits, n, masked: bool, maximum):
+        """The new maximum of each row, and weights."""
+        factor = scale * LOG2_E
+        if masked:
+            start, end = (bound - item.key_block(n) * plan.tile.keys for bound in load_bounds())
+            key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
+            visible = (_wide(start, logits) <= key) & (key < _wide(end, logits))
+            logits, factor = jnp.where(visible, logits * factor, MASKED), 1.0
+        maximum = jnp.maximum(maximum, jnp.max(logits, axis=1) * factor)
+        return maximum, jnp.exp2(logits * factor - _wide(maximum, logits))
+
+    def visit(n, state, sums, masked: bool):
+        """Logits and weights of block n, while the block before is multiplied with its weights."""
+        maximum, total, weights = state
+        plgpu.barrier_wait(values.full.at[slot(n - 1)])
+
+        def overlapped(logits):
+            multiply_keys(logits, n)
+            multiply_values(sums, weights, n - 1)
+            return plgpu.wgmma_accumulator_load(logits, wait_n=len(sums))
+
+        logits = pl.run_scoped(overlapped, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.keys), jnp.float32))
+        plgpu.barrier_arrive(keys.empty.at[slot(n)])
+        new_maximum, new_weights = weigh(logits, n, masked, maximum)
+        shrink = jnp.exp2(maximum - new_maximum)
+        total = total * shrink + jnp.sum(new_weights, axis=1)
+        wait_for_keys(n + 1)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(values.empty.at[slot(n - 1)])
+        for part in sums:
+            part[...] = part[...] * _wide(shrink, part)
+        return new_maximum, total, new_weights.astype(jnp.bfloat16)  # not earlier: a wgmma still reads the old ones
+
+    def run(*sums):
+        plgpu.barrier_wait(queries.full.at[warpgroup])
+        wait_for_keys(0)
+
+        def first_logits(logits):
+            multiply_keys(logits, 0)
+            return logits[...]
+
+        logits = pl.run_scoped(first_logits, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.keys), jnp.float32))
+        plgpu.barrier_arrive(keys.empty.at[slot(0)])
+        floor = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW)
+        maximum, weights = weigh(logits, 0, True, floor)
+        state = maximum, jnp.sum(weights, axis=1), weights.astype(jnp.bfloat16)
+        wait_for_keys(1)
+        state = lax.fori_loop(1, item.masked, partial(visit, sums=sums, masked=True), state)
+        state = lax.fori_loop(jnp.maximum(item.masked, 1), item.visits, partial(visit, sums=sums, masked=False), state)
+        maximum, total, weights = state
+        last = item.visits - 1
+        plgpu.barrier_wait(values.full.at[slot(last)])
+        multiply_values(sums, weights, last)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(values.empty.at[slot(last)])
+
+        start, end = load_bounds()
+        sees = (start < end) & (total > 0)
+        lse_s.at[warpgroup][...] = jnp.where(
+            sees, (maximum + jnp.log2(total)) / LOG2_E, NO_KEYS if plan.splits == 1 else -NO_KEYS
+        )
+        normalise = jnp.where(sees, 1 / total, 0.0)
+        for part, (column, width), to in zip(sums, plan.parts, queries.tiles, strict=True):
+            attended = part[...] * _wide(normalise, part)
+            if plan.splits == 1:
+                to.at[warpgroup][...] = attended.astype(to.dtype)
+            else:
+                out.at[item.split, item.example, item.head, rows, pl.ds(column, width)][...] = attended
+
+    pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32) for _, width in plan.parts))
+    plgpu.commit_smem()
+    if plan.splits == 1:
+        for (column, width), attended in zip(plan.parts, queries.rows, strict=True):
+            columns = pl.ds(item.first * 0 + column, width)
+            plgpu.copy_smem_to_gmem(attended.at[warpgroup], out.at[item.example, rows, item.head, columns])
+        plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[item.example, item.head, rows])
+    else:
+        plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[item.split, item.example, item.head, rows])
+    plgpu.wait_smem_to_gmem(0)
+    plgpu.barrier_arrive(queries.empty.at[warpgroup])
+
+
+def _wide(vector, like):
+    """A vector with one value for each row, as wide as a matrix."""
+    return lax.broadcast_in_dim(vector, like.shape, [0])
