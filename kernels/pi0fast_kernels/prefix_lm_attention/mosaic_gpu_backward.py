@@ -30,7 +30,8 @@ class TuningConfig:
 
 # Head dimension up to → tiles, among those that compile without spills. Nothing here has been timed on a GPU.
 TUNING = {
-    128: TuningConfig(mosaic_gpu_dq.Tile(keys=128, slots=4), mosaic_gpu_dkv.Tile(64, 128, stages=2, cluster=2)),
+    80: TuningConfig(mosaic_gpu_dq.Tile(keys=128, slots=4), mosaic_gpu_dkv.Tile(64, 128, stages=2, cluster=2)),
+    128: TuningConfig(mosaic_gpu_dq.Tile(keys=128, slots=3), mosaic_gpu_dkv.Tile(64, 64, stages=4, cluster=2)),
     256: TuningConfig(mosaic_gpu_dq.Tile(keys=64, slots=3), mosaic_gpu_dkv.Tile(64, 64, stages=2, cluster=2)),
 }
 

@@ -223,17 +223,19 @@ def _kernel(
     def _():
         plgpu.set_max_registers(REGISTERS, action="increase")
         plgpu.barrier_wait(keys_loaded)
-        key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_ROW) + first_key
-        key = over_columns(key.astype(jnp.float32), square)
         low = first_key.astype(jnp.float32)
 
         def make(logits, at):
             return weights(logits, vector(at, LSE), scale)
 
+        def masked(made, at):
+            key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_ROW) + first_key
+            return seen(made, over_columns(key.astype(jnp.float32), square), vector(at, START), vector(at, END))
+
         def finish(made, at):
             whole_from, whole_to = row_tiles[at, WHOLE, 0], row_tiles[at, WHOLE, 1]
             partly = (low < whole_from) | (low + sizes.keys > whole_to)
-            made = lax.cond(partly, lambda: seen(made, key, vector(at, START), vector(at, END)), lambda: made)
+            made = lax.cond(partly, lambda: masked(made, at), lambda: made)
             plgpu.barrier_wait(weights_read)
             weights_tile[...] = made
             plgpu.barrier_arrive(weights_made)

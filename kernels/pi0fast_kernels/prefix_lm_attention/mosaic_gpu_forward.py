@@ -50,7 +50,7 @@ REGISTERS = {2: (24, 240), 3: (32, 160)}
 
 
 class Slots(NamedTuple):
-    """A ring of blocks in shared memory, of each part of the head dimension. tiles: for wgmma; rows: the same, for TMA."""
+    """A ring of blocks in shared memory, one for each part of the head dimension: `tiles` for wgmma, `rows` for TMA."""
 
     tiles: list[Any]
     rows: list[Any]
