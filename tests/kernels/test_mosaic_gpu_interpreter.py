@@ -15,8 +15,10 @@ from pi0fast_kernels._mosaic_gpu import launch
 from tests.kernels.mosaic_gpu_interpreter import race_free, record_races
 
 SHAPE = 64, 64
-TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-WIDE = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+# pyright takes these for abstract.
+SWIZZLE = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+TILED = plgpu.TilingTransform((8, 64)), SWIZZLE  # pyright: ignore[reportAbstractUsage]
+WIDE = plgpu.TilingTransform((8, 32)), SWIZZLE  # pyright: ignore[reportAbstractUsage]
 
 
 def kernel(a, b, out, a_tile, b_tile, out_tile, loaded, released, *, fault):
@@ -54,7 +56,7 @@ def kernel(a, b, out, a_tile, b_tile, out_tile, loaded, released, *, fault):
                 plgpu.barrier_arrive(released)
                 plgpu.wgmma_wait(0)
 
-        out_tile[...] = pl.run_state(run)(plgpu.ACC.init(jnp.zeros(SHAPE, jnp.float32)))
+        out_tile[...] = pl.run_state(run)(plgpu.WGMMAAccumulatorRef.init(jnp.zeros(SHAPE, jnp.float32)))
         if fault != "no commit of a store":
             plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_tile, out)

@@ -48,8 +48,8 @@ def random_ranges(case: Case):
 
 def forward(q, k, v, start, end):
     """out and lse as the forward kernel gives them."""
-    wide = (x.astype(jnp.float32) for x in (q, k, v))
-    out, lse = reference.forward(*wide, start, end, scale=q.shape[-1] ** -0.5)
+    wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+    out, lse = reference.forward(wide_q, wide_k, wide_v, start, end, scale=q.shape[-1] ** -0.5)
     sees = jnp.maximum(start, 0) < jnp.minimum(end, k.shape[1])
     return out.astype(q.dtype), jnp.where(sees[..., None], lse, NO_KEYS)
 
@@ -62,8 +62,10 @@ def kernels(q, k, v, start, end, dout, config=None, residuals=None):
 
 
 def expected(q, k, v, start, end, dout):
-    _, vjp = jax.vjp(lambda *x: reference.attention(*x, start, end, scale=q.shape[-1] ** -0.5), q, k, v)
-    return vjp(dout)
+    def attention(q, k, v):
+        return reference.attention(q, k, v, start, end, scale=q.shape[-1] ** -0.5)
+
+    return jax.vjp(attention, q, k, v)[1](dout)
 
 
 def error(actual, exact) -> float:
@@ -73,7 +75,8 @@ def error(actual, exact) -> float:
 
 def agree(actual, q, k, v, start, end, dout) -> None:
     """The error against float32 is at most 1.5 times the bfloat16 reference's."""
-    exact = expected(*(x.astype(jnp.float32) for x in (q, k, v)), start, end, dout.astype(jnp.float32))
+    wide_q, wide_k, wide_v, wide_dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
+    exact = expected(wide_q, wide_k, wide_v, start, end, wide_dout)
     for name, ours, half, target in zip(
         ("dq", "dk", "dv"), actual, expected(q, k, v, start, end, dout), exact, strict=True
     ):
@@ -131,9 +134,9 @@ def test_tiles_that_see_nothing_of_each_other_are_not_loaded():
 @pytest.mark.parametrize(
     ("dq", "dkv"),
     [
-        (mosaic_gpu_dq.Tile(64, 2), mosaic_gpu_dkv.Tile(64, 64, stages=1, cluster=1)),
-        (mosaic_gpu_dq.Tile(128, 2), mosaic_gpu_dkv.Tile(64, 128, stages=2, cluster=2)),
-        (mosaic_gpu_dq.Tile(64, 4), mosaic_gpu_dkv.Tile(128, 64, stages=3, cluster=1)),
+        (mosaic_gpu_dq.Tile(64, 2), mosaic_gpu_dkv.Tile(64, 128, stages=2, cluster=1)),
+        (mosaic_gpu_dq.Tile(128, 2), mosaic_gpu_dkv.Tile(64, 64, stages=3, cluster=2)),
+        (mosaic_gpu_dq.Tile(64, 4), mosaic_gpu_dkv.Tile(128, 64, stages=2, cluster=1)),
         (mosaic_gpu_dq.Tile(128, 3), mosaic_gpu_dkv.Tile(64, 64, stages=4, cluster=4)),
     ],
 )
@@ -182,7 +185,8 @@ def test_hulls():
     keep = np.random.default_rng(1).random((case.batch, 4)) < 0.5  # tiles of 64 queries that see something
     keep = np.repeat(keep, 64, axis=1)
     start, end = np.where(keep, np.maximum(start, 0), 0), np.where(keep, np.minimum(end, case.keys), 0)
-    sees = (start[..., None] <= np.arange(case.keys)) & (np.arange(case.keys) < end[..., None])
+    key = np.arange(case.keys)
+    sees = np.asarray((start[..., None] <= key) & (key < end[..., None]))
 
     tile = mosaic_gpu_dkv.Tile(64, 64, stages=2, cluster=2)
     hulls = np.asarray(mosaic_gpu_backward._key_hulls(jnp.asarray(start), jnp.asarray(end), case.keys, tile))

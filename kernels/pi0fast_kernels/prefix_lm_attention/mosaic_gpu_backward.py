@@ -7,6 +7,7 @@ XLA sums out * dout (delta): two arrays are read once more, in bytes (derived) 0
 Pi0, 64 µs of an H100's memory. In the dq kernel a third tile of queries would not fit shared memory at head_dim 256.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
+from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
 from pi0fast_kernels.prefix_lm_attention import mosaic_gpu_dkv, mosaic_gpu_dq
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import LOG2_E
 
+BARRIERS = 1024  # bytes of shared memory, at most
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 
 
@@ -39,6 +42,17 @@ TUNING = {
 def tuning(head_dim: int) -> TuningConfig:
     """The tiles for a head dimension."""
     return TUNING[min(limit for limit in TUNING if limit >= head_dim)]
+
+
+def candidates(head_dim: int) -> tuple[list[mosaic_gpu_dq.Tile], list[mosaic_gpu_dkv.Tile]]:
+    """The tuning grids of the two kernels: tiles that fit shared memory. Not all compile without spills."""
+    dq = [mosaic_gpu_dq.Tile(*sizes) for sizes in itertools.product((64, 128), (2, 3, 4, 6))]
+    dkv = [mosaic_gpu_dkv.Tile(*sizes) for sizes in itertools.product((64, 128), (64, 128), (2, 3, 4), (1, 2, 4))]
+    most = SHARED_MEMORY - BARRIERS
+    return (
+        [tile for tile in dq if tile.shared_memory(head_dim) <= most],
+        [tile for tile in dkv if tile.shared_memory(head_dim) <= most],
+    )
 
 
 def backward(

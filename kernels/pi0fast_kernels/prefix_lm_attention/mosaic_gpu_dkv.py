@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_gpu import launch
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import parts
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -43,30 +44,41 @@ from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     VECTORS,
     WHOLE,
     Matrix,
+    accumulator,
     add_product,
+    columns,
     multiply_transposed,
     over_columns,
     over_rows,
-    parts,
     seen,
     weights,
 )
 
 WEIGHTS, LOGITS, PRODUCER = range(3)  # warpgroups
-EXCHANGED = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)  # float32 through shared memory
+
+# How float32 lies in shared memory that one warpgroup writes and another reads. pyright takes these for abstract.
+EXCHANGED = (
+    plgpu.TilingTransform((8, 32)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 
 
 @dataclass(frozen=True)
 class Tile:
     """keys: of one block of threads, a multiple of 64. queries: of one step, a multiple of 64.
 
-    stages: tiles of q and dout that are held at once. cluster: blocks that share the copies of q and dout.
+    stages: tiles of q and dout held at once, at least two. cluster: blocks that share the copies of q and dout.
     """
 
     keys: int
     queries: int
     stages: int
     cluster: int
+
+    def shared_memory(self, head_dim: int) -> int:
+        """Bytes, without the barriers."""
+        vectors, weights = self.stages * VECTORS * self.queries, self.keys * self.queries
+        return 4 * columns(head_dim) * (self.keys + self.stages * self.queries) + 4 * (vectors + weights)
 
 
 def gradients(
@@ -98,10 +110,10 @@ def gradients(
         cluster={"neighbour": tile.cluster},
         warpgroups=CONSUMERS + 1,
         scratch=[
-            Matrix.allocate(tile.keys, c),
-            Matrix.allocate(tile.keys, c),
-            Matrix.allocate(*slots, c),
-            Matrix.allocate(*slots, c),
+            Matrix.allocate(tile.keys, c, device=device),
+            Matrix.allocate(tile.keys, c, device=device),
+            Matrix.allocate(*slots, c, device=device),
+            Matrix.allocate(*slots, c, device=device),
             plgpu.SMEM((tile.stages, VECTORS, tile.queries), jnp.float32),
             plgpu.SMEM((tile.keys, tile.queries), jnp.float32, transforms=EXCHANGED),
             plgpu.Barrier(num_arrivals=2 * copies),
@@ -207,17 +219,17 @@ def _kernel(
                     add_product(sums, operand, outer.at(at))
                     return make(plgpu.wgmma_accumulator_load(product, wait_n=len(sums)), following)
 
-                made = pl.run_scoped(products, plgpu.ACC(square, jnp.float32))
+                made = pl.run_scoped(products, accumulator(*square))
                 release(at)
                 return finish(made, following)
 
-            operand = finish(pl.run_scoped(first, plgpu.ACC(square, jnp.float32)), 0)
+            operand = finish(pl.run_scoped(first, accumulator(*square)), 0)
             operand = lax.fori_loop(0, steps - 1, step, operand)
             add_product(sums, operand, outer.at(slot(steps - 1)))
             release(slot(steps - 1))
             return [total[...] for total in sums]
 
-        return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in left.shapes))
+        return pl.run_scoped(run, *left.accumulators())
 
     @pl.when(warpgroup == WEIGHTS)
     def _():

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_gpu import launch
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import parts
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     BY_COLUMN,
     BY_ROW,
@@ -36,11 +37,12 @@ from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     REGISTERS,
     START,
     Matrix,
+    accumulator,
     add_product,
+    columns,
     multiply_transposed,
     over_columns,
     over_rows,
-    parts,
     seen,
     weights,
 )
@@ -56,6 +58,10 @@ class Tile:
 
     keys: int
     slots: int
+
+    def shared_memory(self, head_dim: int) -> int:
+        """Bytes, without the barriers."""
+        return 2 * columns(head_dim) * (2 * QUERIES + self.slots * self.keys)
 
 
 def gradient(
@@ -87,9 +93,9 @@ def gradient(
         grid={"batch": b, "head": n, "tile": hulls.shape[1]},
         warpgroups=CONSUMERS + 1,
         scratch=[
-            Matrix.allocate(CONSUMERS, ROWS, c),
-            Matrix.allocate(CONSUMERS, ROWS, c),
-            Matrix.allocate(tile.slots, tile.keys, c),
+            Matrix.allocate(CONSUMERS, ROWS, c, device=device),
+            Matrix.allocate(CONSUMERS, ROWS, c, device=device),
+            Matrix.allocate(tile.slots, tile.keys, c, device=device),
             plgpu.Barrier(num_arrivals=2 * copies, num_barriers=CONSUMERS),
             plgpu.Barrier(num_arrivals=copies, num_barriers=tile.slots),
             plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.slots),
@@ -173,7 +179,7 @@ def _kernel(
                     made = weights(plgpu.wgmma_accumulator_load(logits, wait_n=len(sums)), lse, scale)
                     return made, dweights[...]
 
-                made, dweights = pl.run_scoped(products, *2 * [plgpu.ACC(square, jnp.float32)])
+                made, dweights = pl.run_scoped(products, accumulator(*square), accumulator(*square))
                 plgpu.barrier_arrive(released.at[v_slot])
                 dlogits = made * (dweights - delta)
 
@@ -190,7 +196,7 @@ def _kernel(
 
             return [total[...] * scale for total in sums]
 
-        sums = pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in q_tile.shapes))
+        sums = pl.run_scoped(run, *q_tile.accumulators())
         q_tile.store(sums, dq, here, zero)
 
     for own in range(CONSUMERS):  # with `own` known beforehand, addresses of q and dout take no registers

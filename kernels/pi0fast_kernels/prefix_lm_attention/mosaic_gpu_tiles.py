@@ -8,8 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_gpu import swizzled
-from pi0fast_kernels._mosaic_gpu import views as tiles_and_rows
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import parts
 
 LOG2_E = 1.4426950408889634
 
@@ -27,11 +28,13 @@ LAYOUT = plgpu.Layout.WGMMA
 BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)  # of a vector with one value for each row, each column
 
 
-def parts(c: int) -> list[tuple[int, int]]:
-    """Of a head dimension, (first column, width): as wide as shared memory is swizzled, 64, and for the rest less."""
-    whole, rest = divmod(c, 64)
-    widths = [64] * whole + ([next(width for width in (16, 32, 64) if width >= rest)] if rest else [])
-    return [(64 * i, width) for i, width in enumerate(widths)]
+def accumulator(rows: int, columns: int) -> Any:
+    return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
+
+
+def columns(head_dim: int) -> int:
+    """Of a matrix in shared memory."""
+    return sum(width for _, width in parts(head_dim))
 
 
 class Matrix(NamedTuple):
@@ -40,23 +43,21 @@ class Matrix(NamedTuple):
     tiles: tuple[Any, ...]
     rows: tuple[Any, ...]
 
-    @classmethod
-    def allocate(cls, *shape: int) -> list[Any]:
+    @staticmethod
+    def allocate(*shape: int, device: _dispatch.Device) -> list[Any]:
         """The scratch memory that `of` takes."""
-        return [swizzled((*shape[:-1], width), jnp.bfloat16) for _, width in parts(shape[-1])]
+        return [swizzled((*shape[:-1], width), jnp.bfloat16, device) for _, width in parts(shape[-1])]
 
     @classmethod
     def of(cls, scratch: Sequence[Any]) -> "Matrix":
-        tiles, rows = zip(*map(tiles_and_rows, scratch), strict=True)
-        return cls(tiles, rows)
+        return cls(tuple(views[0] for views in scratch), tuple(views[-1] for views in scratch))
 
     def at(self, index) -> "Matrix":
         return Matrix(tuple(tile.at[index] for tile in self.tiles), tuple(row.at[index] for row in self.rows))
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Of accumulators for a product with as many rows."""
-        return [tile.shape[-2:] for tile in self.tiles]
+    def accumulators(self) -> list[Any]:
+        """For sums of this matrix's shape."""
+        return [accumulator(*tile.shape) for tile in self.tiles]
 
     def load(self, source, where, barrier, zero, **options) -> None:
         """Begins to copy `source[where]` here, zeros where it has ended. zero: one that the compiler does not know."""
