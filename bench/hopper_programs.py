@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,29 +84,28 @@ def shipped() -> Iterator[Program]:
 
 
 def grid() -> Iterator[Program]:
-    """Tiles that might do better: for one case of each head dimension, and for one with few rows."""
+    """Tiles that might do better: for one case of each head dimension, and for one with few rows.
+
+    Where many fit, those are left out that leave most of a processor idle or differ only in how much is copied ahead.
+    """
     for name in ("pi0_prefix", "pi0_inference", "siglip", "causal_gqa"):
         case = NAMED[name]
-        chosen = mosaic_gpu.tuning(case.head_dim)
+        many = case.head_dim <= 128
+        first = mosaic_gpu.tuning(case.head_dim)
         which = "few_rows" if name == "pi0_inference" else "forward"
         for tile in mosaic_gpu.candidates(case.head_dim):
-            fewer = case.head_dim <= 128 and (
-                tile.warpgroups == 1 or tile.stages > 3
-            )  # half of a processor, or no more
-            if tile != getattr(chosen, which) and not fewer:
-                yield forward(case, dataclasses.replace(chosen, **{which: tile}), shipped=False)
-    for name in ("pi0_prefix", "siglip", "causal_gqa"):
-        case = NAMED[name]
-        chosen = mosaic_gpu_backward.tuning(case.head_dim)
-        wide = case.head_dim > 128
-        for keys, slots in itertools.product((64,) if wide else (64, 128), (2, 3) if wide else (2, 3, 4)):
-            tile = mosaic_gpu_dq.Tile(keys, slots)
-            if tile != chosen.dq:
-                yield backward(case, dataclasses.replace(chosen, dq=tile), "dq", shipped=False)
-        for queries, stages, cluster in itertools.product((64,) if wide else (64, 128), (1, 2), (1, 2)):
-            tile = mosaic_gpu_dkv.Tile(64, queries, stages, cluster)
-            if tile != chosen.dkv:
-                yield backward(case, dataclasses.replace(chosen, dkv=tile), "dkv", shipped=False)
+            if tile != getattr(first, which) and not (many and (tile.warpgroups == 1 or tile.stages > 3)):
+                yield forward(case, dataclasses.replace(first, **{which: tile}), shipped=False)
+        if name == "pi0_inference":
+            continue
+        second = mosaic_gpu_backward.tuning(case.head_dim)
+        dq, dkv = mosaic_gpu_backward.candidates(case.head_dim)
+        for tile in dq:
+            if tile != second.dq:
+                yield backward(case, dataclasses.replace(second, dq=tile), "dq", shipped=False)
+        for tile in dkv:
+            if tile != second.dkv and not (many and (tile.cluster != 2 or tile.stages == 3)):
+                yield backward(case, dataclasses.replace(second, dkv=tile), "dkv", shipped=False)
 
 
 def forward(case: Case, config: mosaic_gpu.TuningConfig, *, shipped: bool = True) -> Program:
