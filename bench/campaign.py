@@ -65,14 +65,14 @@ def sections(out: Path, dry_run: bool) -> list[Section]:
 
     at = "shrunk" if dry_run else "real"
     return [
-        Section("correctness", ("pytest", *PYTEST, "--noconftest", "tests/kernels/test_on_gpu.py", "-k", at), 0.16),
+        Section("correctness", ("pytest", *PYTEST, "--noconftest", "tests/kernels/test_on_gpu.py", "-k", at), 0.2),
         Section("sanitizer", ("bench.sanitizer",), 0.06),
         bench("attention", 0.2, "bench/bench_kernels.py", "-k", "prefix_lm_attention"),
         bench("tiles", 0.1, "bench/bench_mosaic_gpu.py"),
-        bench("training", 0.2, "bench/bench_train.py", "-k", "test_step"),
-        bench("inference", 0.1, "bench/bench_infer.py"),
+        bench("training", 0.18, "bench/bench_train.py", "-k", "test_step"),
+        bench("inference", 0.09, "bench/bench_infer.py"),
         bench("norms", 0.05, "bench/bench_kernels.py", "-k", "ada_rms_norm"),
-        trace("training", 0.06),
+        trace("training", 0.05),
         trace("policy", 0.03),
         bench("layers", 0.02, "bench/bench_layers.py"),
         bench("first_step", 0.02, "bench/bench_train.py", "-k", "first_step"),

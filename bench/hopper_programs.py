@@ -22,7 +22,6 @@ from pi0fast_kernels import _dispatch
 from pi0fast_kernels.prefix_lm_attention import (
     mosaic_gpu,
     mosaic_gpu_backward,
-    mosaic_gpu_dkv,
     mosaic_gpu_dq,
 )
 from pi0fast_kernels.prefix_lm_attention.cases import CASES, Case
