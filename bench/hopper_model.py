@@ -52,7 +52,8 @@ class Work:
     products: matrix products of rows × keys × head_dim. head_dim: as padded. by_keys: a tile is one of keys, and its
     blocks are of rows. heads_apart: rows are tokens of one head; otherwise all heads of a token lie in one tile.
     consumers: warpgroups that multiply. sharing: programs of a cluster that share what they load. splits: programs
-    among which the blocks of a tile are divided. persistent: a program has tiles dealt to it, see `dealt`.
+    among which the blocks of a tile are divided. persistent: a program has tiles dealt to it, see `dealt`; otherwise
+    they are queued, example by example and head by head, with `last_first` the last of a head first.
     """
 
     products: int
@@ -65,6 +66,7 @@ class Work:
     sharing: int = 1
     splits: int = 1
     persistent: bool = False
+    last_first: bool = False
 
     @property
     def tensor_cycles(self) -> float:
@@ -162,6 +164,7 @@ def tiles(case: Any, work: Work) -> list[tuple[int, int]]:
         one_head += [(0, 0)] * (-len(one_head) % work.sharing)  # a cluster is never shared by two heads
         if work.heads_apart and work.by_keys:
             one_head = [(heads * blocks, heads * masked) for blocks, masked in one_head]
+        one_head = one_head[::-1] if work.last_first else one_head
         copies = case.kv_heads * (heads if work.heads_apart and not work.by_keys else 1)
         found += copies * one_head
     return [part for blocks in found for part in _split(blocks, work.splits)]

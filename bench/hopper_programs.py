@@ -132,7 +132,7 @@ def backward(case: Case, config: mosaic_gpu_backward.TuningConfig, *of_interest:
     run = partial(mosaic_gpu_backward.backward, scale=case.scale, device=DEVICE, config=config)
     apart = case.kv_heads > 1
     head_dim = -(-case.head_dim // 16) * 16  # as wgmma takes it
-    dq = Work(3, mosaic_gpu_dq.QUERIES, config.dq.keys, head_dim, heads_apart=apart)
+    dq = Work(3, mosaic_gpu_dq.QUERIES, config.dq.keys, head_dim, heads_apart=apart, last_first=True)
     of = config.dkv
     dkv = Work(4, of.queries, of.keys, head_dim, by_keys=True, heads_apart=apart, sharing=of.cluster)
     kernels = ("dq", dataclasses.asdict(config.dq), dq), ("dkv", dataclasses.asdict(of), dkv)

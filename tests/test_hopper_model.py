@@ -95,6 +95,7 @@ def test_tiles_of_rows_see_the_blocks_of_their_hull():
     """200 packed rows, of which the first 100 see keys 0 to 49: two blocks of 32, the second masked."""
     work = Work(2, rows=64, keys=32, head_dim=64)
     assert model.tiles(PREFIX, work) == [(2, 1), (2, 1), (0, 0), (0, 0)]
+    assert model.tiles(PREFIX, dataclasses.replace(work, last_first=True)) == [(0, 0), (0, 0), (2, 1), (2, 1)]
     # Apart, each head has 100 rows, of which 50 see those keys: one tile with them, one without.
     assert model.tiles(PREFIX, dataclasses.replace(work, heads_apart=True)) == 2 * [(2, 1), (0, 0)]
 
