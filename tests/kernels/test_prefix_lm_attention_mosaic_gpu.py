@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pi0fast.execution import Execution
 from pi0fast_kernels import _mosaic_gpu, prefix_lm_attention
 from pi0fast_kernels._dispatch import Device
-from pi0fast_kernels.prefix_lm_attention import api, mosaic_gpu, mosaic_gpu_forward, reference
+from pi0fast_kernels.prefix_lm_attention import api, mosaic_gpu, mosaic_gpu_forward, mosaic_gpu_tiles, reference
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu import TuningConfig
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import Plan, Tile, intervals, schedule
 from tests.kernels.mosaic_gpu_interpreter import race_free, record_races
@@ -33,12 +35,12 @@ class Shape(NamedTuple):
     c: int
 
 
-def arrays(shape: Shape, seed=0):
+def arrays(shape: Shape, seed=0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k, v."""
     b, t, s, n, k, c = shape
-    keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = (b, t, n, c), (b, s, k, c), (b, s, k, c)
-    return [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    queries, *rest = jax.random.split(jax.random.key(seed), 3)
+    keys, values = (jax.random.normal(key, (b, s, k, c), jnp.bfloat16) for key in rest)
+    return jax.random.normal(queries, (b, t, n, c), jnp.bfloat16), keys, values
 
 
 def random_ranges(shape: Shape, seed=0):
@@ -229,35 +231,30 @@ def test_results_are_the_same_from_run_to_run():
 def leave_out(monkeypatch, function: str, barrier: str | None) -> None:
     """The kernel is traced without calls of this function, or without those for one of its barriers."""
     named = {}
-    slots, rings = mosaic_gpu_forward._slots, itertools.cycle(("queries", "keys", "values"))
+    ring, names = mosaic_gpu_forward._ring, itertools.cycle(("queries", "keys", "values"))
 
-    def naming(parts, full, empty):
-        ring = next(rings)
-        named.update({id(full): f"{ring}.full", id(empty): f"{ring}.empty"})
-        return slots(parts, full, empty)
+    def naming(scratch, full, empty):
+        name = next(names)
+        named.update({id(full): f"{name}.full", id(empty): f"{name}.empty"})
+        return ring(scratch, full, empty)
 
     def called(*arguments, **options):
         if barrier is not None and named[id(arguments[0].ref)] != barrier:
             original(*arguments, **options)
 
-    original = getattr(mosaic_gpu_forward.plgpu, function)
-    patched = SimpleNamespace(**{**vars(mosaic_gpu_forward.plgpu), function: called})
-    monkeypatch.setattr(mosaic_gpu_forward, "plgpu", patched)
-    monkeypatch.setattr(mosaic_gpu_forward, "_slots", naming)
+    original = getattr(plgpu, function)
+    for module in (mosaic_gpu_forward, mosaic_gpu_tiles):
+        monkeypatch.setattr(module, "plgpu", SimpleNamespace(**{**vars(plgpu), function: called}))
+    monkeypatch.setattr(mosaic_gpu_forward, "_ring", naming)
 
 
 @pytest.mark.parametrize(
     ("function", "barrier"),
     [
-        ("barrier_wait", "values.full"),
-        ("barrier_wait", "keys.empty"),
+        *(("barrier_wait", f"{ring}.{state}") for ring in ("queries", "keys", "values") for state in ("full", "empty")),
         ("commit_smem", None),
         ("wgmma_wait", None),
-        *(
-            pytest.param("barrier_wait", barrier, marks=pytest.mark.slow)
-            for barrier in ("queries.full", "queries.empty", "keys.full", "values.empty")
-        ),
-        pytest.param("wait_smem_to_gmem", None, marks=pytest.mark.slow),
+        ("wait_smem_to_gmem", None),
         pytest.param(None, None, id="nothing"),
     ],
 )
@@ -324,3 +321,9 @@ def test_what_it_refuses(device, dtype, head_dim, message):
 def test_it_needs_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setattr(_mosaic_gpu, "INTERPRET", False)
     assert "needs an NVIDIA GPU" in str(_mosaic_gpu.reason(Device("cpu", "cpu", None, None), jnp.bfloat16))
+
+
+def test_beside_it_the_model_takes_any_norm():
+    assert Execution(kernels="mosaic_gpu").attention == "mosaic_gpu"
+    assert Execution(kernels="mosaic_gpu").norm is None
+    assert Execution(kernels="triton").attention == Execution(kernels="triton").norm == "triton"
