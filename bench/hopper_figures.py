@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import hopper_model, sass
+from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
 
-SHARED_MEMORY = 232_448  # that one program may use on sm_90 (CUDA C++ Programming Guide, technical specifications)
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU.EX2", "LDS", "STS", "LDL", "STL", "BAR", "WARPGROUP.DEPBAR")
 
 

@@ -123,7 +123,7 @@ def test_tables(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_one_case_is_compiled(monkeypatch, capsys):
+def test_one_case_is_compiled(capsys):
     """The smallest head dimension, by the command: nothing spills, nothing is serialized, wgmma and TMA are used."""
     pytest.importorskip("jax_cuda13_plugin")
     pytest.importorskip("triton")
@@ -131,3 +131,15 @@ def test_one_case_is_compiled(monkeypatch, capsys):
     shown = capsys.readouterr().out
     for kernel in ("dq", "dkv"):
         assert f"| pi0fast | {kernel} | causal_gqa_64 |" in shown
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_every_kernel_that_ships_passes():
+    """All cases and head dimensions, forward and backward."""
+    pytest.importorskip("jax_cuda13_plugin")
+    pytest.importorskip("triton")
+    found = mosaic_gpu_resources.collect(["shipped"])
+    assert found.complaints == []
+    assert {each.kernel for each in found.figures} == {"forward", "few_rows", "dq", "dkv"}
+    assert all(each.cycles for each in found.figures)
