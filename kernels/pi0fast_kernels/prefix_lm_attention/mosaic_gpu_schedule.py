@@ -11,6 +11,7 @@ first, so that the last ones to end are short (longest processing time first, Gr
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 ROWS = 64  # of one warpgroup: what wgmma takes
@@ -113,8 +114,12 @@ def schedule(bounds: Int[Array, "B 2 padded"], plan: Plan) -> Int[Array, "5 item
 
     An item visits `masked` blocks that not all its rows see whole, first `left` ones from block `first` on, then those
     behind the `whole` ones, and the `whole` ones last: (number, first, left, masked, whole). An item that sees nothing
-    visits one block past the end, in which nothing is loaded and nothing is seen.
+    visits one block past the end, in which nothing is loaded and nothing is seen. Where there is a split for each block
+    nothing is left to compute: each item visits its own, seen or not.
     """
+    if plan.splits == plan.key_blocks:
+        number = np.arange(plan.items, dtype=np.int32)
+        return jnp.asarray(np.stack([number, number % plan.splits, *np.broadcast_to([[1], [1], [0]], (3, plan.items))]))
     keys = plan.tile.keys
     start, end = jnp.moveaxis(bounds, 1, 0).reshape(2, plan.batch, 1, plan.tiles, 1, plan.tile.rows)
     sees = start < end
