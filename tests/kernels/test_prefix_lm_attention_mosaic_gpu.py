@@ -170,6 +170,16 @@ def test_parts_of_the_head_dimension(head_dim):
     assert mosaic_gpu.candidates(head_dim)
 
 
+@pytest.mark.parametrize(
+    ("tile", "head_dim", "needed"),
+    [(Tile(128, 3, 2), 128, 233600), (Tile(192, 2, 2), 128, 233568), (Tile(64, 2, 2), 256, 200704 + 96)],
+)
+def test_shared_memory(tile, head_dim, needed):
+    """What the compiler says that it needs: in an error, for the first two; without barriers, for the last."""
+    assert tile.shared_memory(head_dim) == needed
+    assert (tile in mosaic_gpu.candidates(head_dim)) == (needed <= _mosaic_gpu.SHARED_MEMORY)
+
+
 # In the interpreter.
 
 

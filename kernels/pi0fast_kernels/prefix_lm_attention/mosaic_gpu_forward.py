@@ -1,13 +1,14 @@
 """Interval-masked attention, forward, for Hopper: copies, products and softmax overlap in one persistent kernel.
 
-Why, in operations (derived): at head dimension 256 a block of 64 keys costs a warpgroup 1024 cycles of the tensor cores
-and 2 x 64 x 64 exponentials and roundings, in which the tensor cores are idle unless something else is multiplied.
-Triton's compiler has no warpgroups with tasks of their own; XLA writes the logits to memory.
+Why, in operations (derived): at head dimension 256 a block of 64 keys takes a warpgroup 1024 tensor core cycles.
+Beside them are 64 x 64 exponentials, maxima, sums and roundings, and 64 x 256 products to rescale, in which the tensor
+cores are idle unless something else is multiplied. Triton's compiler gives all warps the same task; XLA writes the
+logits to memory.
 
-Three warpgroups share a block of threads. One copies: keys and values go around in rings of `Tile.stages` blocks, each
-slot with a barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of
-weighted values in registers. They multiply the logits of the next block and the weights of this one at once, then make
-the next weights while the second product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
+One warpgroup of a block of threads copies: keys and values go around in rings of `Tile.stages` blocks, each slot with a
+barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of weighted values
+in registers. They issue the logits of the next block and the product of this block's weights at once, then make the
+next weights while that product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
 registers. `mosaic_gpu_schedule` says which blocks of keys an item visits.
 
 The wait for the next block's keys stands between the weights and the wait for the product: it ends a basic block, and

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 ROWS = 64  # of one warpgroup: what wgmma takes
+MOSAICS = 2048  # bytes of shared memory that Mosaic keeps for reductions
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,11 @@ class Tile:
         return ROWS * self.warpgroups
 
     def shared_memory(self, head_dim: int) -> int:
-        """Bytes, without barriers: q, keys and values, and of each row its bounds and logsumexp."""
+        """Bytes: q, keys and values; of each row its bounds and logsumexp, in whole KiB; what Mosaic keeps; barriers."""
         columns = sum(width for _, width in parts(head_dim))
-        return 2 * columns * (self.rows + 2 * self.stages * self.keys) + 3 * 4 * self.rows
+        blocks = 2 * columns * (self.rows + 2 * self.stages * self.keys)
+        vectors = sum(_ceil(size * self.rows, 1024) * 1024 for size in (8, 4))
+        return blocks + vectors + MOSAICS + 8 * (2 * self.warpgroups + 4 * self.stages)
 
 
 def parts(head_dim: int) -> list[tuple[int, int]]:
