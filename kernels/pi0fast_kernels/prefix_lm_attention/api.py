@@ -125,11 +125,16 @@ def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int
     return {
         "reference": None,
         "triton": shape or _triton.reason(device, q.dtype),
-        "mosaic_gpu": shape or _mosaic_gpu.reason(device, q.dtype),
+        "mosaic_gpu": shape or _mosaic_gpu.reason(device, q.dtype) or _unaligned(c),
         "mosaic_tpu": shape or _mosaic_tpu.reason(device, q.dtype) or _too_many_keys(q, num_keys),
         "xla": None,
         "cudnn": jax_nn.cudnn_reason(device, q),
     }
+
+
+def _unaligned(head_dim: int) -> str | None:
+    """Hopper's copy engine takes arrays whose rows begin at multiples of 16 bytes."""
+    return None if head_dim % 8 == 0 else f"it takes head dimensions in multiples of 8, not {head_dim}"
 
 
 def _too_many_keys(q: Float[Array, "B T N C"], num_keys: int) -> str | None:

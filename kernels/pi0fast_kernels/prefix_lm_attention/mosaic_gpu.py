@@ -1,9 +1,10 @@
 """Interval-masked attention in Pallas Mosaic GPU, for Hopper (H100, H200): how the kernels are called and tuned.
 
-The forward kernel is in mosaic_gpu_forward.py, with why it exists. Few rows (inference) leave most of the GPU idle:
-there the keys are split over blocks of threads, and XLA combines the parts in one fusion. In bytes (derived): 408 rows
-of head dimension 256 against 867 keys, each block of 64 keys apart, make parts of 6.4 MB, which the GPU's 50 MB of L2
-cache hold; in turn 98 of 132 processors have work instead of 7.
+The forward kernel is in mosaic_gpu_forward.py, with why it exists; the backward pass in mosaic_gpu_backward.py.
+
+Few rows (inference) leave most of the GPU idle: there the keys are split over blocks of threads, and XLA combines the
+parts. In bytes (derived): 408 rows of head dimension 256 against 867 keys, each block of 64 keys apart,
+make parts of 6.4 MB, which the GPU's 50 MB of L2 cache hold; in turn 98 of 132 processors have work instead of 7.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_backward import backward
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_forward import attend, combine
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import Plan, Tile
+
+__all__ = ["TuningConfig", "backward", "candidates", "forward", "forward_plan", "tuning"]
 
 NUM_CORES = 132  # of an H100 SXM or H200 (NVIDIA's data sheets), where the device does not tell
 
@@ -77,22 +81,3 @@ def forward(
         out = jnp.moveaxis(out[:, :, : plan.packed, : plan.head_dim], 1, 2).astype(v.dtype)
     lse = jnp.moveaxis(lse[:, :, : plan.packed], 1, 2).reshape(q.shape[:3])
     return out.reshape(q.shape), lse
-
-
-def backward(
-    q: Float[Array, "B T N C"],
-    k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
-    key_start: Int[Array, "B T"],
-    key_end: Int[Array, "B T"],
-    out: Float[Array, "B T N C"],
-    lse: Float[Array, "B T N"],
-    dout: Float[Array, "B T N C"],
-    *,
-    scale: float,
-    device: _dispatch.Device,
-) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    """Gradients of q, k and v."""
-    from pi0fast_kernels.prefix_lm_attention import mosaic_gpu_backward
-
-    return mosaic_gpu_backward.backward(q, k, v, key_start, key_end, out, lse, dout, scale=scale, device=device)

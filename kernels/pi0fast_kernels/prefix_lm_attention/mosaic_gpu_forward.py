@@ -1,13 +1,14 @@
 """Interval-masked attention, forward, for Hopper: copies, products and softmax overlap in one persistent kernel.
 
-Why, in operations (derived): at head dimension 256 a block of 64 keys costs a warpgroup 1024 cycles of the tensor cores
-and 2 x 64 x 64 exponentials and roundings, in which the tensor cores are idle unless something else is multiplied.
-Triton's compiler has no warpgroups with tasks of their own; XLA writes the logits to memory.
+Why, in operations (derived): at head dimension 256 a block of 64 keys takes a warpgroup 1024 tensor core cycles.
+Beside them are 64 x 64 exponentials, maxima, sums and roundings, and 64 x 256 products to rescale, in which the tensor
+cores are idle unless something else is multiplied. Triton's compiler gives all warps the same task; XLA writes the
+logits to memory.
 
-Three warpgroups share a block of threads. One copies: keys and values go around in rings of `Tile.stages` blocks, each
-slot with a barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of
-weighted values in registers. They multiply the logits of the next block and the weights of this one at once, then make
-the next weights while the second product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
+One warpgroup of a block of threads copies: keys and values go around in rings of `Tile.stages` blocks, each slot with a
+barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of weighted values
+in registers. They issue the logits of the next block and the product of this block's weights at once, then make the
+next weights while that product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
 registers. `mosaic_gpu_schedule` says which blocks of keys an item visits.
 
 The wait for the next block's keys stands between the weights and the wait for the product: it ends a basic block, and
@@ -25,7 +26,7 @@ not known yet: it has been compiled for one and has run in an interpreter.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -36,24 +37,31 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
-from pi0fast_kernels._mosaic_gpu import launch, swizzled
+from pi0fast_kernels._mosaic_gpu import launch
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import ROWS, Plan, intervals, schedule
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
+    BY_ROW,
+    LAYOUT,
+    LOG2_E,
+    Matrix,
+    accumulator,
+    add_product,
+    multiply_transposed,
+    over_columns,
+)
 
-LOG2_E = 1.4426950408889634
 MASKED = -1e30  # a logit that is not seen
 FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
-BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one value for each row of a product
 
 # Registers of a thread that copies and of one that multiplies, by how many warpgroups multiply: 65536 in all.
 REGISTERS = {2: (24, 240), 3: (32, 160)}
 
 
-class Slots(NamedTuple):
-    """A ring of blocks in shared memory, of each part of the head dimension. tiles: for wgmma; rows: the same, for TMA."""
+class Ring(NamedTuple):
+    """Slots of shared memory that are filled and emptied in turn, and barriers for each slot."""
 
-    tiles: list[Any]
-    rows: list[Any]
+    slots: Matrix
     full: Any
     empty: Any
 
@@ -69,6 +77,11 @@ class Item(NamedTuple):
     left: Any
     masked: Any
     whole: Any
+
+    @property
+    def zero(self):
+        """One that the compiler does not know: no block's number is negative."""
+        return jnp.minimum(self.first, 0)
 
     @property
     def visits(self):
@@ -103,13 +116,11 @@ def attend(
         out = (*splits, plan.batch, plan.heads, plan.padded, plan.width)
     warpgroups, stages, parts = plan.tile.warpgroups, plan.tile.stages, len(plan.parts)
 
-    def buffers(*shape: int) -> list[Any]:
-        return [swizzled((*shape, width), q.dtype, device) for _, width in plan.parts]
+    def ring(slots: int, rows: int, copies: int, readers: int) -> tuple[Any, ...]:
+        """copies: that fill a slot. readers: warpgroups that read it."""
+        barriers = (plgpu.Barrier(num_barriers=slots, num_arrivals=count) for count in (copies, readers))
+        return Matrix.allocate(slots, rows, plan.head_dim, device=device), *barriers
 
-    def barriers(count: int, arrivals: int) -> Any:
-        return plgpu.Barrier(num_barriers=count, num_arrivals=arrivals)
-
-    ring = buffers(stages, plan.tile.keys), barriers(stages, parts), barriers(stages, warpgroups)
     attended, lse = launch(
         partial(_kernel, plan=plan, scale=scale),
         [schedule(bounds, plan), bounds, q.reshape(plan.batch, plan.packed, plan.heads, plan.head_dim), k, v],
@@ -122,9 +133,9 @@ def attend(
         grid={"block": plan.blocks},
         warpgroups=warpgroups + 1,
         scratch=[
-            (buffers(warpgroups, ROWS), barriers(warpgroups, 1 + parts), barriers(warpgroups, 1)),
-            ring,
-            ring,
+            ring(warpgroups, ROWS, 1 + parts, 1),
+            ring(stages, plan.tile.keys, parts, warpgroups),
+            ring(stages, plan.tile.keys, parts, warpgroups),
             plgpu.SMEM((warpgroups, 2, ROWS), jnp.int32),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
         ],
@@ -135,14 +146,20 @@ def attend(
 def combine(
     out: Float[Array, "splits B heads padded width"], lse: Float[Array, "splits B heads padded"]
 ) -> tuple[Float[Array, "B heads padded width"], Float[Array, "B heads padded"]]:
-    """The results of all keys from those of each part of them."""
-    total = jax.nn.logsumexp(lse, axis=0)
-    attended = jnp.sum(out * jnp.exp(lse - total)[..., None], axis=0)
-    return attended, jnp.where(total > -NO_KEYS / 2, total, NO_KEYS)
+    """The results of all keys from those of each part of them.
+
+    Split by split, so that XLA sees nothing to reduce: it makes two fusions of the attended values, not three.
+    """
+    maximum = reduce(jnp.maximum, lse)
+    weights = [jnp.exp(part - maximum) for part in lse]
+    total = reduce(jnp.add, weights)
+    attended = reduce(jnp.add, (part * weight[..., None] for part, weight in zip(out, weights, strict=True)))
+    lse = jnp.where(maximum > -NO_KEYS, maximum + jnp.log(total), NO_KEYS)
+    return attended / total[..., None], lse
 
 
-def _kernel(items, bounds, q, k, v, out, lse, q_slots, k_slots, v_slots, bounds_s, lse_s, *, plan: Plan, scale: float):
-    queries, keys, values = (_slots(*slots) for slots in (q_slots, k_slots, v_slots))
+def _kernel(items, bounds, q, k, v, out, lse, queries, keys, values, bounds_s, lse_s, *, plan: Plan, scale: float):
+    rings = [_ring(*ring) for ring in (queries, keys, values)]
     warpgroup = lax.axis_index("warpgroup")
     producer, consumers = REGISTERS.get(plan.tile.warpgroups, (None, None))
 
@@ -150,19 +167,19 @@ def _kernel(items, bounds, q, k, v, out, lse, q_slots, k_slots, v_slots, bounds_
     def _():
         if producer:
             plgpu.set_max_registers(producer, action="decrease")
-        copy = partial(_copy, bounds, q, k, v, bounds_s, queries, keys, values, plan)
+        copy = partial(_copy, bounds, q, k, v, bounds_s, *rings, plan)
         _for_each_item(items, plan, copy)
 
     @pl.when(warpgroup < plan.tile.warpgroups)
     def _():
         if consumers:
             plgpu.set_max_registers(consumers, action="increase")
-        multiply = partial(_multiply, out, lse, bounds_s, lse_s, queries, keys, values, plan, scale)
+        multiply = partial(_multiply, out, lse, bounds_s, lse_s, *rings, plan, scale)
         _for_each_item(items, plan, multiply)
 
 
-def _slots(parts, full, empty) -> Slots:
-    return Slots([views[0] for views in parts], [views[-1] for views in parts], full, empty)
+def _ring(scratch, full, empty) -> Ring:
+    return Ring(Matrix.of(scratch), full, empty)
 
 
 def _for_each_item(items, plan: Plan, run: Callable[..., Any]) -> None:
@@ -181,29 +198,22 @@ def _for_each_item(items, plan: Plan, run: Callable[..., Any]) -> None:
     lax.fori_loop(0, lax.div(plan.items - 1 - block, plan.blocks) + 1, one, jnp.int32(0))
 
 
-def _copy(bounds, q, k, v, bounds_s, queries: Slots, keys: Slots, values: Slots, plan: Plan, item: Item, first, copied):
+def _copy(bounds, q, k, v, bounds_s, queries: Ring, keys: Ring, values: Ring, plan: Plan, item: Item, first, copied):
     """Fills the slots: a block of keys and values, then q, so that keys are on their way while the last item ends."""
 
-    def parts():
-        """Columns, as a slice that may reach past the end: one whose beginning is not known may."""
-        return [pl.ds(item.first * 0 + column, width) for column, width in plan.parts]
-
-    def block(n, slot):
+    def load(n, _):
+        slot = lax.rem(copied + n, plan.tile.stages)
         rows = pl.ds(item.key_block(n) * plan.tile.keys, plan.tile.keys)
-        for source, slots in ((k, keys), (v, values)):
+        for source, ring in ((k, keys), (v, values)):
 
             @pl.when(copied + n >= plan.tile.stages)
-            def _(slots=slots):
-                plgpu.barrier_wait(slots.empty.at[slot])
+            def _(ring=ring):
+                plgpu.barrier_wait(ring.empty.at[slot])
 
-            for columns, to in zip(parts(), slots.rows, strict=True):
-                head = lax.div(item.head, plan.kv_group)
-                plgpu.copy_gmem_to_smem(source.at[item.example, rows, head, columns], to.at[slot], slots.full.at[slot])
+            where = item.example, rows, lax.div(item.head, plan.kv_group)
+            ring.slots.at(slot).load(source, where, ring.full.at[slot], item.zero)
 
-    def next_block(n, _):
-        block(n, lax.rem(copied + n, plan.tile.stages))
-
-    next_block(0, None)
+    load(0, None)
     for warpgroup in range(plan.tile.warpgroups):
 
         @pl.when(jnp.logical_not(first))
@@ -212,31 +222,23 @@ def _copy(bounds, q, k, v, bounds_s, queries: Slots, keys: Slots, values: Slots,
 
         rows, full = pl.ds(item.row + warpgroup * ROWS, ROWS), queries.full.at[warpgroup]
         plgpu.copy_gmem_to_smem(bounds.at[item.example, :, rows], bounds_s.at[warpgroup], full)
-        for columns, to in zip(parts(), queries.rows, strict=True):
-            plgpu.copy_gmem_to_smem(q.at[item.example, rows, item.head, columns], to.at[warpgroup], full)
-    lax.fori_loop(1, item.visits, next_block, None)
+        queries.slots.at(warpgroup).load(q, (item.example, rows, item.head), full, item.zero)
+    lax.fori_loop(1, item.visits, load, None)
 
 
 def _multiply(
-    out, lse, bounds_s, lse_s, queries: Slots, keys: Slots, values: Slots, plan: Plan, scale, item: Item, first, visited
+    out, lse, bounds_s, lse_s, queries: Ring, keys: Ring, values: Ring, plan: Plan, scale, item: Item, first, visited
 ):
     """Empties the slots: the attended values of this warpgroup's rows."""
     del first
-    # Plus a zero that the compiler does not know: else it computes every address of the loops before them, more than
-    # registers hold, and spills (28 bytes at head dimension 256).
-    warpgroup = lax.axis_index("warpgroup") + jnp.minimum(item.first, 0)
     rows = pl.ds(item.row + lax.axis_index("warpgroup") * ROWS, ROWS)
+    # If the compiler knew that this is the same for each item, it would compute every address of the loops before
+    # them, more than registers hold (at head dimension 256, 28 bytes are spilled).
+    warpgroup = lax.axis_index("warpgroup") + item.zero
+    own = queries.slots.at(warpgroup)
 
     def slot(n):
         return lax.rem(visited + n, plan.tile.stages)
-
-    def multiply_keys(logits, n):
-        for q, k in zip(queries.tiles, keys.tiles, strict=True):
-            plgpu.wgmma(logits, q.at[warpgroup], k.at[slot(n)].T)
-
-    def multiply_values(sums, weights, n):
-        for part, v in zip(sums, values.tiles, strict=True):
-            plgpu.wgmma(part, weights, v.at[slot(n)])
 
     def wait_for_keys(n):
         @pl.when(n < item.visits)
@@ -248,14 +250,14 @@ def _multiply(
 
     def weigh(logits, n, masked: bool, maximum):
         """The new maximum of each row, and weights."""
-        factor = scale * LOG2_E
+        shape, factor = logits.shape, scale * LOG2_E
         if masked:
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
             start, end = (bound - item.key_block(n) * plan.tile.keys for bound in load_bounds())
-            key = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
-            visible = (_wide(start, logits) <= key) & (key < _wide(end, logits))
+            visible = (over_columns(start, shape) <= key) & (key < over_columns(end, shape))
             logits, factor = jnp.where(visible, logits * factor, MASKED), 1.0
         maximum = jnp.maximum(maximum, jnp.max(logits, axis=1) * factor)
-        return maximum, jnp.exp2(logits * factor - _wide(maximum, logits))
+        return maximum, jnp.exp2(logits * factor - over_columns(maximum, shape))
 
     def visit(n, state, sums, masked: bool):
         """Logits and weights of block n, while the block before is multiplied with its weights."""
@@ -263,11 +265,11 @@ def _multiply(
         plgpu.barrier_wait(values.full.at[slot(n - 1)])
 
         def overlapped(logits):
-            multiply_keys(logits, n)
-            multiply_values(sums, weights, n - 1)
+            multiply_transposed(logits, own, keys.slots.at(slot(n)))
+            add_product(sums, weights, values.slots.at(slot(n - 1)))
             return plgpu.wgmma_accumulator_load(logits, wait_n=len(sums))
 
-        logits = pl.run_scoped(overlapped, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.keys), jnp.float32))
+        logits = pl.run_scoped(overlapped, accumulator(ROWS, plan.tile.keys))
         plgpu.barrier_arrive(keys.empty.at[slot(n)])
         new_maximum, new_weights = weigh(logits, n, masked, maximum)
         shrink = jnp.exp2(maximum - new_maximum)
@@ -276,58 +278,48 @@ def _multiply(
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(values.empty.at[slot(n - 1)])
         for part in sums:
-            part[...] = part[...] * _wide(shrink, part)
+            part[...] = part[...] * over_columns(shrink, part.shape)
         return new_maximum, total, new_weights.astype(jnp.bfloat16)  # not earlier: a wgmma still reads the old ones
 
     def run(*sums):
+        """The attended values, in parts, and the logsumexp."""
         plgpu.barrier_wait(queries.full.at[warpgroup])
         wait_for_keys(0)
 
         def first_logits(logits):
-            multiply_keys(logits, 0)
+            multiply_transposed(logits, own, keys.slots.at(slot(0)))
             return logits[...]
 
-        logits = pl.run_scoped(first_logits, plgpu.WGMMAAccumulatorRef((ROWS, plan.tile.keys), jnp.float32))
+        logits = pl.run_scoped(first_logits, accumulator(ROWS, plan.tile.keys))
         plgpu.barrier_arrive(keys.empty.at[slot(0)])
         floor = plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), BY_ROW)
         maximum, weights = weigh(logits, 0, True, floor)
-        state = maximum, jnp.sum(weights, axis=1), weights.astype(jnp.bfloat16)
         wait_for_keys(1)
+        state = maximum, jnp.sum(weights, axis=1), weights.astype(jnp.bfloat16)
         state = lax.fori_loop(1, item.masked, partial(visit, sums=sums, masked=True), state)
         state = lax.fori_loop(jnp.maximum(item.masked, 1), item.visits, partial(visit, sums=sums, masked=False), state)
         maximum, total, weights = state
-        last = item.visits - 1
-        plgpu.barrier_wait(values.full.at[slot(last)])
-        multiply_values(sums, weights, last)
+        last = slot(item.visits - 1)
+        plgpu.barrier_wait(values.full.at[last])
+        add_product(sums, weights, values.slots.at(last))
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(values.empty.at[slot(last)])
+        plgpu.barrier_arrive(values.empty.at[last])
 
         start, end = load_bounds()
         sees = (start < end) & (total > 0)
-        lse_s.at[warpgroup][...] = jnp.where(
-            sees, (maximum + jnp.log2(total)) / LOG2_E, NO_KEYS if plan.splits == 1 else -NO_KEYS
-        )
+        nothing = NO_KEYS if plan.splits == 1 else -NO_KEYS
+        lse_s.at[warpgroup][...] = jnp.where(sees, (maximum + jnp.log2(total)) / LOG2_E, nothing)
         normalise = jnp.where(sees, 1 / total, 0.0)
-        for part, (column, width), to in zip(sums, plan.parts, queries.tiles, strict=True):
-            attended = part[...] * _wide(normalise, part)
-            if plan.splits == 1:
-                to.at[warpgroup][...] = attended.astype(to.dtype)
-            else:
-                out.at[item.split, item.example, item.head, rows, pl.ds(column, width)][...] = attended
+        attended = [part[...] * over_columns(normalise, part.shape) for part in sums]
+        if plan.splits == 1:
+            own.store(attended, out, (item.example, rows, item.head), item.zero)
+            return
+        for (column, width), part in zip(plan.parts, attended, strict=True):
+            out.at[item.split, item.example, item.head, rows, pl.ds(column, width)][...] = part
+        plgpu.commit_smem()
 
-    pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32) for _, width in plan.parts))
-    plgpu.commit_smem()
-    if plan.splits == 1:
-        for (column, width), attended in zip(plan.parts, queries.rows, strict=True):
-            columns = pl.ds(item.first * 0 + column, width)
-            plgpu.copy_smem_to_gmem(attended.at[warpgroup], out.at[item.example, rows, item.head, columns])
-        plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[item.example, item.head, rows])
-    else:
-        plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[item.split, item.example, item.head, rows])
+    pl.run_scoped(run, *own.accumulators())
+    split = () if plan.splits == 1 else (item.split,)
+    plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[*split, item.example, item.head, rows])
     plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(queries.empty.at[warpgroup])
-
-
-def _wide(vector, like):
-    """A vector with one value for each row, as wide as a matrix."""
-    return lax.broadcast_in_dim(vector, like.shape, [0])

@@ -1,0 +1,75 @@
+"""Compiles the Hopper attention's forward pass for an H100 that is not there, and prints what came of it, as JSON.
+
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...
+
+CASE: a name in cases.py, with `:C` for another head dimension. A process of its own: JAX may not look for a GPU, and
+what Mosaic is to write down it is told by the environment.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from pi0fast import targets
+from pi0fast_kernels._dispatch import Device
+from pi0fast_kernels.prefix_lm_attention import cases, mosaic_gpu
+
+DEVICE = Device("cuda", "NVIDIA H100 80GB HBM3", 90, 132)
+
+
+def compile_case(case: cases.Case) -> None:
+    device = AbstractDevice(device_kind=DEVICE.kind, num_cores=DEVICE.num_cores, platform="cuda")
+    array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(targets.devices("h100:1")[0]))
+    q = array((case.batch, case.queries, case.heads, case.head_dim), jnp.bfloat16)
+    k = array((case.batch, case.keys, case.kv_heads, case.head_dim), jnp.bfloat16)
+    bound = array((case.batch, case.queries), jnp.int32)
+    run = partial(mosaic_gpu.forward, scale=case.scale, device=DEVICE)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(run).trace(q, k, k, bound, bound).lower()
+    lowered.compile()
+
+
+def figures(folder: Path) -> dict[str, object]:
+    """Of the one kernel that was compiled. tiles, rows: where in shared memory wgmma reads and copies write."""
+    report, ptx, layout, resources = (
+        next(folder.glob(f"*.{end}")).read_text()
+        for end in ("ptxas", "ptx", "after_layout_inference.txt", "resources.txt")
+    )
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills is not None
+    offset = r"slice_smem.*?offset = (\d+) .*?out_transforms = \[\[(.*?)\]\]"
+    views = [(int(at), transforms) for at, transforms in re.findall(offset, layout) if "swizzle" in transforms]
+    return {
+        "stack, spilled": [int(x) for x in spills.groups()],
+        "serialized": re.findall(r"C75\d\d", report),
+        "shared": int(re.findall(r"smem_scratch_bytes=(\d+)", resources)[0]),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "copies": ptx.count("cp.async.bulk.tensor"),
+        "tiles": sorted({at for at, transforms in views if "tile" in transforms}),
+        "rows": sorted({at for at, transforms in views if "tile" not in transforms}),
+    }
+
+
+def main(names: list[str]) -> None:
+    named = {case.name: case for case in cases.CASES}
+    found = {}
+    for name in names:
+        case, _, head_dim = name.partition(":")
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+            compile_case(dataclasses.replace(named[case], head_dim=int(head_dim or named[case].head_dim)))
+            found[name] = figures(Path(folder))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,38 @@
+"""The Hopper attention's forward pass, compiled for an H100 that is not there: that it fits, and is what was meant."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
+from pi0fast_kernels.prefix_lm_attention.cases import CASES
+
+pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs `uv sync --group aot`")
+
+ROOT = Path(__file__).parent.parent.parent
+SLOW = [case.name for case in CASES if case.name != "siglip"]
+SLOW += [f"{name}:{c}" for name in ("causal_gqa", "pi0_inference") for c in (64, 72, 96)] + ["pi0_inference:128"]
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(["siglip"], id="siglip"), pytest.param(SLOW, marks=pytest.mark.slow, id="others")]
+)
+def test_it_fits(names):
+    """No register is spilled and no product waits for the one before; what is copied is what is multiplied."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.aot.compile_h100_attention", *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == names
+    for name, figures in found.items():
+        assert figures["stack, spilled"] == [0, 0, 0], name
+        assert not figures["serialized"], name
+        assert figures["shared"] <= SHARED_MEMORY, name
+        assert figures["wgmma"] and figures["copies"], name
+        assert figures["tiles"] and figures["tiles"] == figures["rows"], name
