@@ -90,7 +90,8 @@ def agree(actual, q, k, v, start, end, scale=None) -> None:
     """Errors at most half as large again as the bfloat16 reference's; zeros where nothing is seen."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = actual
-    exact, exact_lse = reference.forward(*(x.astype(jnp.float32) for x in (q, k, v)), start, end, scale=scale)
+    wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+    exact, exact_lse = reference.forward(wide_q, wide_k, wide_v, start, end, scale=scale)
     half, _ = reference.forward(q, k, v, start, end, scale=scale)
     sees = np.asarray(jnp.maximum(start, 0) < jnp.minimum(end, k.shape[1]))
     assert out.dtype == jnp.bfloat16 and out.shape == q.shape and lse.shape == q.shape[:3]
@@ -118,7 +119,8 @@ def visible(bounds, plan: Plan):
 def test_every_block_that_is_seen_is_visited_once(shape, ranges, splits):
     q, k, _ = arrays(shape)
     plan = Plan.of(q, k, Tile(64, 2, 1), num_cores=2, splits=splits)
-    bounds = intervals(*ranges(shape), plan)
+    start, end = ranges(shape)
+    bounds = intervals(start, end, plan)
     items = np.asarray(schedule(bounds, plan))
     assert sorted(items[0]) == list(range(plan.items))
     visits = items[3] + items[4]
@@ -146,6 +148,18 @@ def test_every_block_that_is_seen_is_visited_once(shape, ranges, splits):
         assert real == (list(range(hull[0], hull[-1] + 1)) if hull.size else [])
 
 
+def test_with_a_split_for_each_block_an_item_visits_its_own():
+    shape = Shape(2, 40, 300, 8, 1, 64)
+    q, k, _ = arrays(shape)
+    plan = Plan.of(q, k, Tile(64, 2, 1), num_cores=2, splits=5)
+    start, end = causal_ranges(shape)
+    items = np.asarray(schedule(intervals(start, end, plan), plan))
+    assert items.dtype == np.int32 and (items[0] == np.arange(plan.items)).all()
+    for number, *rest in items.T.tolist():
+        item = mosaic_gpu_forward.Item(0, 0, 0, 0, *rest)
+        assert [int(item.key_block(n)) for n in range(item.visits)] == [number % 5] and item.masked == 1
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 96, 128, 256])
 def test_parts_of_the_head_dimension(head_dim):
     q = jnp.zeros((1, 1, 1, head_dim))
@@ -154,6 +168,16 @@ def test_parts_of_the_head_dimension(head_dim):
     assert [column for column, _ in plan.parts] == ends[:-1]
     assert head_dim <= plan.width < head_dim + 32 and {width for _, width in plan.parts} <= {16, 32, 64}
     assert mosaic_gpu.candidates(head_dim)
+
+
+@pytest.mark.parametrize(
+    ("tile", "head_dim", "needed"),
+    [(Tile(128, 3, 2), 128, 233600), (Tile(192, 2, 2), 128, 233568), (Tile(64, 2, 2), 256, 200704 + 96)],
+)
+def test_shared_memory(tile, head_dim, needed):
+    """What the compiler says that it needs: in an error, for the first two; without barriers, for the last."""
+    assert tile.shared_memory(head_dim) == needed
+    assert (tile in mosaic_gpu.candidates(head_dim)) == (needed <= _mosaic_gpu.SHARED_MEMORY)
 
 
 # In the interpreter.
@@ -175,10 +199,11 @@ def test_parts_of_the_head_dimension(head_dim):
     ],
 )
 def test_values(shape, ranges, tile):
-    inputs = *arrays(shape), *ranges(shape)
+    q, k, v = arrays(shape)
+    start, end = ranges(shape)
     with race_free():
-        actual = kernel(*inputs, tile, num_cores=1)
-    agree(actual, *inputs)
+        actual = kernel(q, k, v, start, end, tile, num_cores=1)
+    agree(actual, q, k, v, start, end)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +211,10 @@ def test_values(shape, ranges, tile):
 )
 def test_few_rows(shape):
     """Keys are split; the parts are combined."""
-    inputs = *arrays(shape), *random_ranges(shape)
+    q, k, v = arrays(shape)
+    inputs = q, k, v, *random_ranges(shape)
     tile = Tile(64, 2, 1)
-    plan = mosaic_gpu.forward_plan(*inputs[:2], TuningConfig(tile, tile), num_cores=12)
+    plan = mosaic_gpu.forward_plan(q, k, TuningConfig(tile, tile), num_cores=12)
     assert plan.splits == plan.key_blocks
     with race_free():
         actual = kernel(*inputs, tile, num_cores=12)

@@ -1,13 +1,14 @@
 """Interval-masked attention, forward, for Hopper: copies, products and softmax overlap in one persistent kernel.
 
-Why, in operations (derived): at head dimension 256 a block of 64 keys costs a warpgroup 1024 cycles of the tensor cores
-and 2 x 64 x 64 exponentials and roundings, in which the tensor cores are idle unless something else is multiplied.
-Triton's compiler has no warpgroups with tasks of their own; XLA writes the logits to memory.
+Why, in operations (derived): at head dimension 256 a block of 64 keys takes a warpgroup 1024 tensor core cycles.
+Beside them are 64 x 64 exponentials, maxima, sums and roundings, and 64 x 256 products to rescale, in which the tensor
+cores are idle unless something else is multiplied. Triton's compiler gives all warps the same task; XLA writes the
+logits to memory.
 
-Three warpgroups share a block of threads. One copies: keys and values go around in rings of `Tile.stages` blocks, each
-slot with a barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of
-weighted values in registers. They multiply the logits of the next block and the weights of this one at once, then make
-the next weights while the second product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
+One warpgroup of a block of threads copies: keys and values go around in rings of `Tile.stages` blocks, each slot with a
+barrier for "full" and one for "empty". The others have 64 rows each, q in shared memory and the sums of weighted values
+in registers. They issue the logits of the next block and the product of this block's weights at once, then make the
+next weights while that product runs (Shah et al. 2024, https://arxiv.org/abs/2407.08608). The weights stay in
 registers. `mosaic_gpu_schedule` says which blocks of keys an item visits.
 
 The wait for the next block's keys stands between the weights and the wait for the product: it ends a basic block, and
@@ -25,7 +26,7 @@ not known yet: it has been compiled for one and has run in an interpreter.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -145,10 +146,16 @@ def attend(
 def combine(
     out: Float[Array, "splits B heads padded width"], lse: Float[Array, "splits B heads padded"]
 ) -> tuple[Float[Array, "B heads padded width"], Float[Array, "B heads padded"]]:
-    """The results of all keys from those of each part of them."""
-    total = jax.nn.logsumexp(lse, axis=0)
-    attended = jnp.sum(out * jnp.exp(lse - total)[..., None], axis=0)
-    return attended, jnp.where(total > -NO_KEYS / 2, total, NO_KEYS)
+    """The results of all keys from those of each part of them.
+
+    Split by split, so that XLA sees nothing to reduce: it makes two fusions of the attended values, not three.
+    """
+    maximum = reduce(jnp.maximum, lse)
+    weights = [jnp.exp(part - maximum) for part in lse]
+    total = reduce(jnp.add, weights)
+    attended = reduce(jnp.add, (part * weight[..., None] for part, weight in zip(out, weights, strict=True)))
+    lse = jnp.where(maximum > -NO_KEYS, maximum + jnp.log(total), NO_KEYS)
+    return attended / total[..., None], lse
 
 
 def _kernel(items, bounds, q, k, v, out, lse, queries, keys, values, bounds_s, lse_s, *, plan: Plan, scale: float):

@@ -11,9 +11,11 @@ first, so that the last ones to end are short (longest processing time first, Gr
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 ROWS = 64  # of one warpgroup: what wgmma takes
+MOSAICS = 2048  # bytes of shared memory that Mosaic keeps for reductions
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Tile:
         return ROWS * self.warpgroups
 
     def shared_memory(self, head_dim: int) -> int:
-        """Bytes, without barriers: q, keys and values, and of each row its bounds and logsumexp."""
+        """Bytes: q, keys and values; of each row its bounds and logsumexp, in whole KiB; what Mosaic keeps; barriers."""
         columns = sum(width for _, width in parts(head_dim))
-        return 2 * columns * (self.rows + 2 * self.stages * self.keys) + 3 * 4 * self.rows
+        blocks = 2 * columns * (self.rows + 2 * self.stages * self.keys)
+        vectors = sum(_ceil(size * self.rows, 1024) * 1024 for size in (8, 4))
+        return blocks + vectors + MOSAICS + 8 * (2 * self.warpgroups + 4 * self.stages)
 
 
 def parts(head_dim: int) -> list[tuple[int, int]]:
@@ -113,8 +117,12 @@ def schedule(bounds: Int[Array, "B 2 padded"], plan: Plan) -> Int[Array, "5 item
 
     An item visits `masked` blocks that not all its rows see whole, first `left` ones from block `first` on, then those
     behind the `whole` ones, and the `whole` ones last: (number, first, left, masked, whole). An item that sees nothing
-    visits one block past the end, in which nothing is loaded and nothing is seen.
+    visits one block past the end, in which nothing is loaded and nothing is seen. Where there is a split for each block
+    nothing is left to compute: each item visits its own, seen or not.
     """
+    if plan.splits == plan.key_blocks:
+        number = np.arange(plan.items, dtype=np.int32)
+        return jnp.asarray(np.stack([number, number % plan.splits, *np.broadcast_to([[1], [1], [0]], (3, plan.items))]))
     keys = plan.tile.keys
     start, end = jnp.moveaxis(bounds, 1, 0).reshape(2, plan.batch, 1, plan.tiles, 1, plan.tile.rows)
     sees = start < end
