@@ -88,10 +88,9 @@ def read(report: Path, program: Any, kernel: str, tile: dict[str, int], work: ho
     loops = list(code.loops())
     cycles = seconds = None
     if loops:
-        cycles = dataclasses.asdict(hopper_model.cycles(work, loops))
-        masked = hopper_model.cycles(work, loops, masked=True)
-        cycles |= {"masked": masked.bound, "bound": hopper_model.cycles(work, loops).bound}
-        seconds = dataclasses.asdict(hopper_model.estimate(program.case, work, loops, 0))
+        plain, masked = hopper_model.cycles(work, loops), hopper_model.cycles(work, loops, masked=True)
+        cycles = dataclasses.asdict(plain) | {"bound": plain.bound, "masked": masked.bound}
+        seconds = dataclasses.asdict(hopper_model.estimate(program.case, work, loops))
     return Figures(
         contender=program.contender,
         kernel=kernel,

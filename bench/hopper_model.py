@@ -77,6 +77,15 @@ class Work:
         """Of a block, by TMA: two tensors, k and v or q and the output's gradient, in 16 bits."""
         return 2 * 2 * (self.rows if self.by_keys else self.keys) * self.head_dim
 
+    def least_bytes(self, case: Any) -> int:
+        """Of a whole case, that must come from or go to memory: each array once, in 16 bits, vectors left out.
+
+        Forward: q → out, k, v. dq: q, dout → dq, k, v. dk and dv: q, dout, k, v → dk, dv.
+        """
+        of_queries, of_keys = {2: (2, 2), 3: (3, 2), 4: (2, 4)}[self.products]
+        queries, keys = case.queries * case.heads, case.keys * case.kv_heads
+        return 2 * case.batch * case.head_dim * (of_queries * queries + of_keys * keys)
+
 
 @dataclass(frozen=True)
 class Cycles:
@@ -232,8 +241,8 @@ class Estimate:
     limit: str
 
 
-def estimate(case: Any, work: Work, loops: Sequence[Loop], least_bytes: int) -> Estimate:
-    """Of a kernel over a whole case. least_bytes: that must come from or go to main memory."""
+def estimate(case: Any, work: Work, loops: Sequence[Loop]) -> Estimate:
+    """Of a kernel over a whole case."""
     plain, masked = cycles(work, loops), cycles(work, loops, masked=True)
     blocks = tiles(case, work)
     workers = SMS // work.sharing
@@ -248,6 +257,6 @@ def estimate(case: Any, work: Work, loops: Sequence[Loop], least_bytes: int) -> 
     first = plain.alone
     overlapped, balance = seconds(plain.bound, masked.bound)
     alone, _ = seconds(max(plain.bound, plain.alone), max(masked.bound, masked.alone))
-    floor = least_bytes / MEMORY_BYTES_PER_S
+    floor = work.least_bytes(case) / MEMORY_BYTES_PER_S
     limit = plain.limit if overlapped > floor else "memory"
     return Estimate(max(overlapped, floor), max(alone, floor), balance, limit)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from bench import hopper_model as model
@@ -139,11 +138,19 @@ def test_estimate_of_a_whole_case():
     """All keys seen by all: 2 × 1 × 4 tiles of 64 packed rows, on eight SMs, four blocks each."""
     case = Case("all", 2, 128, 256, 2, 1, 64, "all")
     plain = model.cycles(WORK, [Loop(BLOCK, BLOCK)])
-    found = model.estimate(case, WORK, [Loop(BLOCK, BLOCK)], least_bytes=0)
+    found = model.estimate(case, WORK, [Loop(BLOCK, BLOCK)])
     assert found.overlapped == pytest.approx((4 * plain.bound + plain.alone) / 1.83e9)
     assert found.alone == pytest.approx((4 * max(plain.bound, plain.alone) + plain.alone) / 1.83e9)
     assert found.balance == pytest.approx(8 / 132)
     assert found.limit == "l2"
-    memory = model.estimate(case, WORK, [Loop(BLOCK, BLOCK)], least_bytes=10**9)
-    assert (memory.limit, memory.overlapped) == ("memory", pytest.approx(1 / 3350))
-    assert np.isfinite(memory.alone)
+
+
+def test_what_must_move_is_a_bound_as_well():
+    """One query of 64 heads for each of 4096 keys: no tile has work to speak of, and 2 × 32 MiB are read."""
+    case = Case("few", 64, 1, 4096, 1, 1, 64, "all")
+    nbytes = 2 * 64 * 64 * (2 * 1 + 2 * 4096)
+    assert WORK.least_bytes(case) == nbytes
+    assert dataclasses.replace(WORK, products=3).least_bytes(case) == nbytes + 2 * 64 * 64
+    assert dataclasses.replace(WORK, products=4).least_bytes(case) == 2 * 64 * 64 * (2 + 4 * 4096)
+    found = model.estimate(case, dataclasses.replace(WORK, splits=8), [Loop(BLOCK, BLOCK)])
+    assert (found.limit, found.overlapped) == ("memory", nbytes / 3.35e12)
