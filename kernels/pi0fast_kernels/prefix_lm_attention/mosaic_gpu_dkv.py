@@ -1,20 +1,24 @@
 """Gradients of keys and values for Hopper: a block of threads for each tile of keys, over the queries that see it.
 
-Why two kernels: with head_dim 256 the float32 sums of dq, dk and dv of 64 rows take 128 registers of a warpgroup's
-threads each. One kernel would have to add dq in memory, in an order that differs from run to run; here dk and dv stay
-on chip until all query heads are summed, and nothing is spilled.
+Why two kernels, in registers: at head dimension 256 the float32 sums of dq, dk and dv of 64 rows take 128 registers
+each of a warpgroup's threads, which have 240. One kernel would add dq in memory, in an order that differs from run to
+run; here dk and dv stay on chip until all query heads are summed, and nothing is spilled.
 
 Warpgroup 0 multiplies Sᵀ = k qᵀ, makes the weights P of it and sums dv += P dout; warpgroup 1 multiplies
-dPᵀ = v doutᵀ and sums dk += dS q, dS = P (dPᵀ − delta). P crosses once through shared memory, in float32: 16 KB a tile
-of 64 × 64, where a second product and exponential would take as long as the first. Both issue the next tile's Sᵀ or
-dPᵀ before this tile's sum, so that the tensor cores work while the weights are made. Warpgroup 2 copies tiles of q
-and dout, in `stages` slots; the blocks of a cluster, whose keys are neighbours, share each copy.
+dPᵀ = v doutᵀ and sums dk += dS q, where dS = P (dPᵀ − delta). P crosses once through shared memory. Both issue the next
+tile's Sᵀ or dPᵀ before this tile's sum, so that the tensor cores work while weights are made. Warpgroup 2 copies tiles
+of q and dout into `stages` slots; the blocks of a cluster, whose keys are neighbours, share each copy.
 
-Numerics: products accumulate in float32; P is rounded to bfloat16 before it multiplies dout and dS before it multiplies
-q, dS from the unrounded P.
+What limits it, in cycles of 64 keys × 64 queries at head dimension 256 (derived; instructions counted in the machine
+code): shared memory 2304 (products read 1536, copies write 512, P crosses in 256), tensor cores 2048, instructions of
+each scheduler 714, or 858 where rows see only some of the keys.
 
-Backend: wgmma, so compute capability 9.0 alone. Registers that a wgmma reads are written after the one before is done
-(conversions stand after the waits), or ptxas waits for each wgmma in turn (its note C7513).
+Numerics: products accumulate in float32. P is rounded to bfloat16 before it multiplies dout, dS before it multiplies q;
+dS is made of the unrounded P, which as bfloat16 would save 128 of those cycles.
+
+Backend: compute capability 9.0, for wgmma. Registers that a wgmma reads may be written only after the one before is
+done, or ptxas waits for each in turn (its note C7513): conversions stand after the waits. Compiled for an H100 and run
+in an interpreter, not yet on a GPU.
 """
 
 from dataclasses import dataclass
@@ -203,7 +207,8 @@ def _kernel(
 
         def release(at):
             plgpu.wgmma_wait(0)
-            plgpu.commit_smem()  # the vectors were read by ordinary loads
+            # The vectors were read by ordinary loads; and one thread arrives for all, which this synchronises.
+            plgpu.commit_smem()
             plgpu.barrier_arrive(released.at[at])
 
         def run(*sums):
@@ -238,7 +243,9 @@ def _kernel(
         low = first_key.astype(jnp.float32)
 
         def make(logits, at):
-            return weights(logits, vector(at, LSE), scale)
+            made = lax.optimization_barrier(weights(logits, vector(at, LSE), scale))
+            plgpu.barrier_wait(weights_read)  # these two lines keep exponentials in front of the wait for the sum
+            return made
 
         def masked(made, at):
             key = plgpu.layout_cast(lax.iota(jnp.int32, sizes.keys), BY_ROW) + first_key
@@ -248,7 +255,6 @@ def _kernel(
             whole_from, whole_to = row_tiles[at, WHOLE, 0], row_tiles[at, WHOLE, 1]
             partly = (low < whole_from) | (low + sizes.keys > whole_to)
             made = lax.cond(partly, lambda: masked(made, at), lambda: made)
-            plgpu.barrier_wait(weights_read)
             weights_tile[...] = made
             plgpu.barrier_arrive(weights_made)
             return made.astype(jnp.bfloat16)

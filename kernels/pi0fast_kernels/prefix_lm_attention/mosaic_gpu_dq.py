@@ -5,8 +5,12 @@ same from run to run.
 
 Each of two warpgroups has `ROWS` queries, q and dout of them in shared memory for good, and multiplies S = q kᵀ and
 dP = dout vᵀ at once; the weights P are made of S while dP is multiplied, then dS = P (dP − delta), then dq += dS k.
-While one warpgroup makes weights, the other has the tensor cores. The third copies tiles of k and v in turn, into
-`slots` that both share.
+While one warpgroup makes weights, the other has the tensor cores. The third copies tiles of k and v in turn into
+`slots`, which both share.
+
+What limits it, in cycles of 128 queries × 64 keys at head dimension 256 (derived; instructions counted in the machine
+code): tensor cores 3072, shared memory 3072 (products read 2560, copies write 512), instructions of each scheduler 900,
+or 1188 where rows see only some of the keys.
 
 Numerics: products accumulate in float32; dS is rounded to bfloat16 before it multiplies k.
 
@@ -54,7 +58,7 @@ QUERIES = ROWS * CONSUMERS  # of one block of threads
 
 @dataclass(frozen=True)
 class Tile:
-    """keys: of one step, a multiple of 64. slots: tiles of k or v that are held at once, at least two."""
+    """keys: of one step, a multiple of 64. slots: tiles of k or v that are held at once, at least three."""
 
     keys: int
     slots: int
@@ -164,19 +168,28 @@ def _kernel(
 
         lse, delta, start, end = map(vector, (LSE, DELTA, START, END))
         plgpu.barrier_wait(rows_loaded.at[own])
+        steps = last_block - first_block
+
+        def wait_for_keys(step):
+            @pl.when(step < steps)
+            def _():
+                plgpu.barrier_wait(loaded.at[slot(2 * step)])
 
         def run(*sums):
-            @pl.loop(0, last_block - first_block)
+            wait_for_keys(0)
+
+            @pl.loop(0, steps)
             def _(step):
                 k_slot, v_slot = slot(2 * step), slot(2 * step + 1)
                 k_tile, v_tile = key_tiles.at(k_slot), key_tiles.at(v_slot)
 
                 def products(logits, dweights):
-                    plgpu.barrier_wait(loaded.at[k_slot])
                     multiply_transposed(logits, q_tile, k_tile)
                     plgpu.barrier_wait(loaded.at[v_slot])
                     multiply_transposed(dweights, dout_tile, v_tile)
-                    made = weights(plgpu.wgmma_accumulator_load(logits, wait_n=len(sums)), lse, scale)
+                    logits = plgpu.wgmma_accumulator_load(logits, wait_n=len(sums))
+                    made = lax.optimization_barrier(weights(logits, lse, scale))
+                    wait_for_keys(step + 1)  # these two lines keep exponentials in front of the wait for dP
                     return made, dweights[...]
 
                 made, dweights = pl.run_scoped(products, accumulator(*square), accumulator(*square))
