@@ -11,7 +11,7 @@ of q and dout into `stages` slots; the blocks of a cluster, whose keys are neigh
 
 What limits it, in cycles of 64 keys × 64 queries at head dimension 256 (derived; instructions counted in the machine
 code): shared memory 2304 (products read 1536, copies write 512, P crosses in 256), tensor cores 2048, instructions of
-each scheduler 714, or 858 where rows see only some of the keys.
+each scheduler 680, or 824 where rows see only some of the keys.
 
 Numerics: products accumulate in float32. P is rounded to bfloat16 before it multiplies dout, dS before it multiplies q;
 dS is made of the unrounded P, which as bfloat16 would save 128 of those cycles.
@@ -201,10 +201,6 @@ def _kernel(
         make: of float32 products and the slot, while the sum before is still being computed. finish: to bfloat16.
         """
 
-        def multiply(product, at):
-            plgpu.barrier_wait(loaded.at[at])
-            multiply_transposed(product, left, inner.at(at))
-
         def release(at):
             plgpu.wgmma_wait(0)
             # The vectors were read by ordinary loads; and one thread arrives for all, which this synchronises.
@@ -213,14 +209,15 @@ def _kernel(
 
         def run(*sums):
             def first(product):
-                multiply(product, 0)
+                multiply_transposed(product, left, inner.at(0))
                 return make(product[...], 0)
 
             def step(i, operand):
                 at, following = slot(i), slot(i + 1)
+                plgpu.barrier_wait(loaded.at[following])
 
                 def products(product):
-                    multiply(product, following)
+                    multiply_transposed(product, left, inner.at(following))
                     add_product(sums, operand, outer.at(at))
                     return make(plgpu.wgmma_accumulator_load(product, wait_n=len(sums)), following)
 
@@ -228,6 +225,7 @@ def _kernel(
                 release(at)
                 return finish(made, following)
 
+            plgpu.barrier_wait(loaded.at[0])
             operand = finish(pl.run_scoped(first, accumulator(*square)), 0)
             operand = lax.fori_loop(0, steps - 1, step, operand)
             add_product(sums, operand, outer.at(slot(steps - 1)))

@@ -9,8 +9,8 @@ While one warpgroup makes weights, the other has the tensor cores. The third cop
 `slots`, which both share.
 
 What limits it, in cycles of 128 queries × 64 keys at head dimension 256 (derived; instructions counted in the machine
-code): tensor cores 3072, shared memory 3072 (products read 2560, copies write 512), instructions of each scheduler 900,
-or 1188 where rows see only some of the keys.
+code): tensor cores 3072, shared memory 3072 (products read 2560, copies write 512), instructions of each scheduler 864,
+or 1152 where rows see only some of the keys.
 
 Numerics: products accumulate in float32; dS is rounded to bfloat16 before it multiplies k.
 
@@ -183,16 +183,19 @@ def _kernel(
                 k_slot, v_slot = slot(2 * step), slot(2 * step + 1)
                 k_tile, v_tile = key_tiles.at(k_slot), key_tiles.at(v_slot)
 
-                def products(logits, dweights):
+                def weigh(logits):
                     multiply_transposed(logits, q_tile, k_tile)
                     plgpu.barrier_wait(loaded.at[v_slot])
+                    return pl.run_scoped(partial(weigh_meanwhile, logits), accumulator(*square))
+
+                def weigh_meanwhile(logits, dweights):
                     multiply_transposed(dweights, dout_tile, v_tile)
                     logits = plgpu.wgmma_accumulator_load(logits, wait_n=len(sums))
                     made = lax.optimization_barrier(weights(logits, lse, scale))
                     wait_for_keys(step + 1)  # these two lines keep exponentials in front of the wait for dP
                     return made, dweights[...]
 
-                made, dweights = pl.run_scoped(products, accumulator(*square), accumulator(*square))
+                made, dweights = pl.run_scoped(weigh, accumulator(*square))
                 plgpu.barrier_arrive(released.at[v_slot])
                 dlogits = made * (dweights - delta)
 
