@@ -55,6 +55,7 @@ def test_the_timed_op_is_the_op(monkeypatch, ranges):
     monkeypatch.setattr(bench_mosaic_gpu, "passes", lambda *_: (forward, backward))
     q, k, v, start, end = case.inputs(dtype=jnp.float32)
     bounds = (start, end) if ranges else (None, None)
+    assert start is not None and end is not None
     exact = bounds if ranges else (jnp.zeros_like(start), jnp.full_like(end, case.keys))
 
     def total(op, q, k, v, bounds):
