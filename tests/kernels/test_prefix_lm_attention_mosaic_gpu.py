@@ -188,7 +188,7 @@ def test_shared_memory(tile, head_dim, needed):
     [
         pytest.param(Shape(1, 21, 150, 4, 1, 64), random_ranges, Tile(64, 2, 1), id="packed rows, neither end aligned"),
         pytest.param(Shape(2, 10, 70, 2, 1, 72), prefix_ranges, Tile(64, 2, 1), id="siglip's head dimension, padding"),
-        pytest.param(Shape(1, 70, 200, 4, 2, 128), random_ranges, Tile(128, 2, 2), id="grouped, two warpgroups"),
+        pytest.param(Shape(1, 70, 200, 4, 2, 128), random_ranges, Tile(128, 2, 2, 2), id="grouped, two warpgroups"),
         pytest.param(Shape(1, 17, 200, 8, 1, 256), causal_ranges, Tile(64, 2, 2), id="causal, head dimension 256"),
         pytest.param(
             Shape(2, 40, 130, 2, 1, 96), random_ranges, Tile(64, 3, 3), marks=pytest.mark.slow, id="three warpgroups"

@@ -7,6 +7,7 @@ parts. In bytes (derived): 408 rows of head dimension 256 against 867 keys, each
 make parts of 6.4 MB, which the GPU's 50 MB of L2 cache hold; in turn 98 of 132 processors have work instead of 7.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ class TuningConfig:
 # Head dimension up to → tiles: those that compile without spills and have most products for each wait. Nothing here has
 # been timed.
 TUNING: dict[int, TuningConfig] = {
-    64: TuningConfig(Tile(128, 2, 2), Tile(64, 2, 1)),
-    128: TuningConfig(Tile(128, 2, 2), Tile(64, 2, 1)),
+    64: TuningConfig(Tile(128, 2, 2, queries=2), Tile(64, 2, 1)),
+    128: TuningConfig(Tile(128, 2, 2, queries=2), Tile(64, 2, 1)),
     256: TuningConfig(Tile(64, 2, 2), Tile(64, 2, 1)),
 }
 
@@ -47,8 +48,8 @@ def tuning(head_dim: int) -> TuningConfig:
 
 def candidates(head_dim: int) -> list[Tile]:
     """The tuning grid of the forward kernel: tiles that fit shared memory. Not all compile without spills."""
-    sizes = ((keys, stages, w) for keys in (64, 128, 192) for stages in (2, 3, 4) for w in (1, 2, 3))
-    return [tile for tile in (Tile(*size) for size in sizes) if tile.shared_memory(head_dim) <= SHARED_MEMORY]
+    tiles = (Tile(*sizes) for sizes in itertools.product((64, 128, 192), (2, 3, 4), (1, 2, 3), (1, 2)))
+    return [tile for tile in tiles if tile.shared_memory(head_dim) <= SHARED_MEMORY]
 
 
 def forward_plan(q: Float[Array, "B T N C"], k: Float[Array, "B S K C"], config: TuningConfig, num_cores: int) -> Plan:

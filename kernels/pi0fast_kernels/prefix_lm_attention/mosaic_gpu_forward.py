@@ -133,10 +133,10 @@ def attend(
         grid={"block": plan.blocks},
         warpgroups=warpgroups + 1,
         scratch=[
-            ring(warpgroups, ROWS, 1 + parts, 1),
+            ring(warpgroups * plan.tile.queries, ROWS, 1 + parts, 1),
             ring(stages, plan.tile.keys, parts, warpgroups),
             ring(stages, plan.tile.keys, parts, warpgroups),
-            plgpu.SMEM((warpgroups, 2, ROWS), jnp.int32),
+            plgpu.SMEM((warpgroups * plan.tile.queries, 2, ROWS), jnp.int32),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
         ],
     )
@@ -183,7 +183,7 @@ def _ring(scratch, full, empty) -> Ring:
 
 
 def _for_each_item(items, plan: Plan, run: Callable[..., Any]) -> None:
-    """`run(item, whether it is the block's first, blocks of keys visited before)` → those visited after."""
+    """`run(item, how many the block has done, and how many blocks of keys those visited)`, for each of this block."""
     block = lax.axis_index("block")
 
     def one(i, visited):
@@ -192,13 +192,13 @@ def _for_each_item(items, plan: Plan, run: Callable[..., Any]) -> None:
         number, tile = lax.div(number, plan.tiles), lax.rem(number, plan.tiles)
         example, head = lax.div(number, plan.heads), lax.rem(number, plan.heads)
         item = Item(example, head, tile * plan.tile.rows, split, *visits)
-        run(item, i == 0, visited)
+        run(item, i, visited)
         return visited + item.visits
 
     lax.fori_loop(0, lax.div(plan.items - 1 - block, plan.blocks) + 1, one, jnp.int32(0))
 
 
-def _copy(bounds, q, k, v, bounds_s, queries: Ring, keys: Ring, values: Ring, plan: Plan, item: Item, first, copied):
+def _copy(bounds, q, k, v, bounds_s, queries: Ring, keys: Ring, values: Ring, plan: Plan, item: Item, done, copied):
     """Fills the slots: a block of keys and values, then q, so that keys are on their way while the last item ends."""
 
     def load(n, _):
@@ -215,27 +215,32 @@ def _copy(bounds, q, k, v, bounds_s, queries: Ring, keys: Ring, values: Ring, pl
 
     load(0, None)
     for warpgroup in range(plan.tile.warpgroups):
+        slot = _query_slot(plan, done, warpgroup)
 
-        @pl.when(jnp.logical_not(first))
-        def _(warpgroup=warpgroup):
-            plgpu.barrier_wait(queries.empty.at[warpgroup])
+        @pl.when(done >= plan.tile.queries)
+        def _(slot=slot):
+            plgpu.barrier_wait(queries.empty.at[slot])
 
-        rows, full = pl.ds(item.row + warpgroup * ROWS, ROWS), queries.full.at[warpgroup]
-        plgpu.copy_gmem_to_smem(bounds.at[item.example, :, rows], bounds_s.at[warpgroup], full)
-        queries.slots.at(warpgroup).load(q, (item.example, rows, item.head), full, item.zero)
+        rows, full = pl.ds(item.row + warpgroup * ROWS, ROWS), queries.full.at[slot]
+        plgpu.copy_gmem_to_smem(bounds.at[item.example, :, rows], bounds_s.at[slot], full)
+        queries.slots.at(slot).load(q, (item.example, rows, item.head), full, item.zero)
     lax.fori_loop(1, item.visits, load, None)
 
 
+def _query_slot(plan: Plan, done, warpgroup):
+    return lax.rem(done, plan.tile.queries) * plan.tile.warpgroups + warpgroup
+
+
 def _multiply(
-    out, lse, bounds_s, lse_s, queries: Ring, keys: Ring, values: Ring, plan: Plan, scale, item: Item, first, visited
+    out, lse, bounds_s, lse_s, queries: Ring, keys: Ring, values: Ring, plan: Plan, scale, item: Item, done, visited
 ):
     """Empties the slots: the attended values of this warpgroup's rows."""
-    del first
-    rows = pl.ds(item.row + lax.axis_index("warpgroup") * ROWS, ROWS)
+    warpgroup = lax.axis_index("warpgroup")
+    rows = pl.ds(item.row + warpgroup * ROWS, ROWS)
     # If the compiler knew that this is the same for each item, it would compute every address of the loops before
     # them, more than registers hold (at head dimension 256, 28 bytes are spilled).
-    warpgroup = lax.axis_index("warpgroup") + item.zero
-    own = queries.slots.at(warpgroup)
+    query_slot = _query_slot(plan, done, warpgroup + item.zero)
+    own = queries.slots.at(query_slot)
 
     def slot(n):
         return lax.rem(visited + n, plan.tile.stages)
@@ -246,7 +251,7 @@ def _multiply(
             plgpu.barrier_wait(keys.full.at[slot(n)])
 
     def load_bounds():
-        return [plgpu.load(bounds_s.at[warpgroup, i], layout=BY_ROW) for i in range(2)]
+        return [plgpu.load(bounds_s.at[query_slot, i], layout=BY_ROW) for i in range(2)]
 
     def weigh(logits, n, masked: bool, maximum):
         """The new maximum of each row, and weights."""
@@ -283,7 +288,7 @@ def _multiply(
 
     def run(*sums):
         """The attended values, in parts, and the logsumexp."""
-        plgpu.barrier_wait(queries.full.at[warpgroup])
+        plgpu.barrier_wait(queries.full.at[query_slot])
         wait_for_keys(0)
 
         def first_logits(logits):
@@ -321,5 +326,5 @@ def _multiply(
     pl.run_scoped(run, *own.accumulators())
     split = () if plan.splits == 1 else (item.split,)
     plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse.at[*split, item.example, item.head, rows])
-    plgpu.wait_smem_to_gmem(0)
-    plgpu.barrier_arrive(queries.empty.at[warpgroup])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(queries.empty.at[query_slot])

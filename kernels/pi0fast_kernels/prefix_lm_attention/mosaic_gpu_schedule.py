@@ -23,23 +23,24 @@ class Tile:
     """How the work is cut up.
 
     keys: of one block, a multiple of 64. stages: blocks of keys, and as many of values, that are on chip at once.
-    warpgroups: that multiply, `ROWS` rows each: one, two or three.
+    warpgroups: that multiply, `ROWS` rows each: one, two or three. queries: tiles of q that are on chip at once.
     """
 
     keys: int
     stages: int
     warpgroups: int
+    queries: int = 1
 
     @property
     def rows(self) -> int:
         return ROWS * self.warpgroups
 
     def shared_memory(self, head_dim: int) -> int:
-        """Bytes: q, keys and values; of each row its bounds and logsumexp, in whole KiB; what Mosaic keeps; barriers."""
-        columns = sum(width for _, width in parts(head_dim))
-        blocks = 2 * columns * (self.rows + 2 * self.stages * self.keys)
-        vectors = sum(_ceil(size * self.rows, 1024) * 1024 for size in (8, 4))
-        return blocks + vectors + MOSAICS + 8 * (2 * self.warpgroups + 4 * self.stages)
+        """Bytes: q, keys, values; bounds and logsumexp of rows, in whole KiB; what Mosaic keeps; barriers."""
+        rows = self.queries * self.rows
+        blocks = 2 * sum(width for _, width in parts(head_dim)) * (rows + 2 * self.stages * self.keys)
+        vectors = sum(_ceil(size, 1024) * 1024 for size in (8 * rows, 4 * self.rows))
+        return blocks + vectors + MOSAICS + 8 * (2 * self.queries * self.warpgroups + 4 * self.stages)
 
 
 def parts(head_dim: int) -> list[tuple[int, int]]:

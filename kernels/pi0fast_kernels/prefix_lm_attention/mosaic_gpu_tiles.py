@@ -71,7 +71,7 @@ class Matrix(NamedTuple):
         plgpu.commit_smem()
         for (column, width), rows in zip(parts(target.shape[-1]), self.rows, strict=True):
             plgpu.copy_smem_to_gmem(rows, target.at[(*where, _past(column, width, zero))])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the memory is free again; the kernel's end waits for the rest
 
 
 def _past(column: int, width: int, zero):
