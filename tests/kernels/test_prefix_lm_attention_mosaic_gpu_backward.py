@@ -172,7 +172,7 @@ def test_races_are_found(missing):
 
 def test_a_store_that_is_not_waited_for_is_an_error():
     inputs = arrays(Case("one tile", 1, 16, 16, 1, 1, 64, "all"))
-    missing = mock.patch.object(plgpu, "wait_smem_to_gmem", lambda *_: None)
+    missing = mock.patch.object(plgpu, "wait_smem_to_gmem", lambda *_, **__: None)
     with record_races(), missing, pytest.raises(jax.errors.JaxRuntimeError, match="Not all copy_smem_to_gmem"):
         kernels(*inputs, SMALL)
 

@@ -100,6 +100,7 @@ def gradients(
     """dk and dv.
 
     hulls: of the keys of each cluster the first tile of queries that sees any, and the last (exclusive); at least one.
+    rows: the vectors of `mosaic_gpu_tiles`.
     """
     b, kv_heads, c = k.shape[0], k.shape[2], k.shape[3]
     slots, copies = (tile.stages, tile.queries), len(parts(c))

@@ -1,4 +1,6 @@
-"""What the two Hopper backward kernels share: how threads are divided, matrices in shared memory, vectors of rows."""
+"""What the Hopper kernels share: matrices in shared memory, and products of them; and what the backward kernels do: how
+threads are divided, vectors of rows, weights.
+"""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ BY_ROW, BY_COLUMN = LAYOUT.reduce(1), LAYOUT.reduce(0)  # of a vector with one v
 
 
 def accumulator(rows: int, columns: int) -> Any:
+    """Registers of a warpgroup that a product is summed in, zeros at first."""
     return plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
 
 
