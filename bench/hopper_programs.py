@@ -92,8 +92,10 @@ def grid() -> Iterator[Program]:
         many = case.head_dim <= 128
         first = mosaic_gpu.tuning(case.head_dim)
         which = "few_rows" if name == "pi0_inference" else "forward"
+        ships = getattr(first, which)
         for tile in mosaic_gpu.candidates(case.head_dim):
-            if tile != getattr(first, which) and not (many and (tile.warpgroups == 1 or tile.stages > 3)):
+            unlikely = many and (tile.warpgroups == 1 or tile.stages > 3 or tile.queries != ships.queries)
+            if tile != ships and not unlikely:
                 yield forward(case, dataclasses.replace(first, **{which: tile}), shipped=False)
         if name == "pi0_inference":
             continue
