@@ -58,9 +58,9 @@ def causal_ranges(shape: Shape):
     return jnp.zeros_like(end), end
 
 
-def prefix_ranges(shape: Shape, valid=3):
+def prefix_ranges(shape: Shape, padding=3):
     """The last queries are padding; the others see all keys that are not."""
-    end = jnp.where(jnp.arange(shape.t) < shape.t - valid, shape.s - valid, 0)
+    end = jnp.where(jnp.arange(shape.t) < shape.t - padding, shape.s - padding, 0)
     end = jnp.broadcast_to(end, (shape.b, shape.t)).astype(jnp.int32)
     return jnp.zeros_like(end), end
 
