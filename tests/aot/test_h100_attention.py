@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,16 +20,20 @@ SLOW = [case.name for case in CASES if case.name != "siglip"]
 SLOW += [f"{name}:{c}" for name in ("causal_gqa", "pi0_inference") for c in (64, 72, 96)] + ["pi0_inference:128"]
 
 
+def compiled(*names: str) -> dict[str, Any]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.aot.compile_h100_attention", *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     "names", [pytest.param(["siglip"], id="siglip"), pytest.param(SLOW, marks=pytest.mark.slow, id="others")]
 )
 def test_it_fits(names):
     """No register is spilled and no product waits for the one before; what is copied is what is multiplied."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.aot.compile_h100_attention", *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled(*names)
     assert list(found) == names
     for name, figures in found.items():
         assert figures["stack, spilled"] == [0, 0, 0], name
@@ -36,3 +41,9 @@ def test_it_fits(names):
         assert figures["shared"] <= SHARED_MEMORY, name
         assert figures["wgmma"] and figures["copies"], name
         assert figures["tiles"] and figures["tiles"] == figures["rows"], name
+
+
+@pytest.mark.slow
+def test_it_compiles_inside_shard_map_and_checkpoint():
+    """The interpreter goes through neither: here the compiler has eight GPUs. The forward kernel runs once."""
+    assert compiled("sharded") == {f"prefix_lm_attention_{name}": 1 for name in ("forward", "dq", "dkv")}
