@@ -31,7 +31,7 @@ PROFILES = Path(__file__).parent.parent / "profiles"
 RECORD = "*_mosaic_gpu_compiler_figures/resources.json"
 OP = dataclasses.replace(bench_kernels.ATTENTION, name="tiles of mosaic_gpu", implementations=(), peers=())
 BACKWARD = {"dq": mosaic_gpu_dq.Tile, "dkv": mosaic_gpu_dkv.Tile}
-MOST = 3  # beside the one that ships, of each kernel
+MOST = 2  # beside the one that ships, of each kernel
 
 
 def promising(record: Path | None = None) -> dict[tuple[str, str], list[dict[str, int]]]:
