@@ -1,10 +1,10 @@
-"""Compiles the Hopper attention for H100s that are not there, and prints what came of it, as JSON.
+"""Compiles the Hopper attention for H100s that are not there, and prints what came of each kernel, as JSON.
 
-    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...       the forward pass of each
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...       a pass of each
     JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention sharded       gradients inside shard_map and checkpoint
 
-CASE: a name in cases.py, with `:C` for another head dimension. A process of its own: JAX may not look for a GPU, and
-what Mosaic is to write down it is told by the environment.
+CASE: a name in cases.py, with `:C` for another head dimension, or `:C:backward` for that pass, C empty for the case's
+own. A process of its own: JAX may not look for a GPU, and what Mosaic is to write down it is told by the environment.
 """
 
 import dataclasses
@@ -38,22 +38,23 @@ from pi0fast_kernels.prefix_lm_attention import cases, mosaic_gpu
 DEVICE = Device("cuda", "NVIDIA H100 80GB HBM3", 90, 132)
 
 
-def compile_case(case: cases.Case) -> None:
+def compile_case(case: cases.Case, backward: bool) -> None:
     device = AbstractDevice(device_kind=DEVICE.kind, num_cores=DEVICE.num_cores, platform="cuda")
     array = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(targets.devices("h100:1")[0]))
     q = array((case.batch, case.queries, case.heads, case.head_dim), jnp.bfloat16)
     k = array((case.batch, case.keys, case.kv_heads, case.head_dim), jnp.bfloat16)
-    bound = array((case.batch, case.queries), jnp.int32)
-    run = partial(mosaic_gpu.forward, scale=case.scale, device=DEVICE)
+    bound, lse = array(q.shape[:2], jnp.int32), array(q.shape[:3], jnp.float32)
+    run = partial(mosaic_gpu.backward if backward else mosaic_gpu.forward, scale=case.scale, device=DEVICE)
+    arrays = (q, k, k, bound, bound, *((q, lse, q) if backward else ()))
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(run).trace(q, k, k, bound, bound).lower()
+        lowered = jax.jit(run).trace(*arrays).lower()
     lowered.compile()
 
 
-def figures(folder: Path) -> dict[str, object]:
-    """Of the one kernel that was compiled. tiles, rows: where in shared memory wgmma reads and copies write."""
+def figures(kernel: Path) -> dict[str, object]:
+    """Of a kernel, by its report. tiles, rows: where in shared memory wgmma reads and copies write."""
     report, ptx, layout, resources = (
-        next(folder.glob(f"*.{end}")).read_text()
+        kernel.with_suffix(f".{end}").read_text()
         for end in ("ptxas", "ptx", "after_layout_inference.txt", "resources.txt")
     )
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -98,11 +99,12 @@ def main(names: list[str]) -> None:
     named = {case.name: case for case in cases.CASES}
     found = {}
     for name in names:
-        case, _, head_dim = name.partition(":")
+        case, head_dim, backward = (*name.split(":"), "", "")[:3]
         with tempfile.TemporaryDirectory() as folder:
             os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-            compile_case(dataclasses.replace(named[case], head_dim=int(head_dim or named[case].head_dim)))
-            found[name] = figures(Path(folder))
+            case = dataclasses.replace(named[case], head_dim=int(head_dim or named[case].head_dim))
+            compile_case(case, backward == "backward")
+            found[name] = {kernel.stem: figures(kernel) for kernel in sorted(Path(folder).glob("*.ptxas"))}
     print(json.dumps(found))
 
 
