@@ -84,9 +84,9 @@ def report(found: Collected, source: Mapping[str, str], learned: str) -> str:
         f"- {each.contender}, {each.case}, {'; '.join(each.tiles)}: {each.reason}" for each in found.refusals
     )
     made = textwrap.fill(
-        f"Made by `python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)}). **No GPU was there: nothing "
-        "here was measured.** Registers, spills, shared memory and instructions are the compiler's figures; cycles and "
-        "times are derived from them by `bench/hopper_model.py`, where each constant has its source.",
+        f"Made by `python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)}). **No GPU was there: "
+        "nothing here was measured.** Registers, spills, shared memory and instructions are the compiler's figures; cycles "
+        "and times are derived from them by `bench/hopper_model.py`, where each constant has its source.",
         120,
     )
     return f"""# What the compiler makes of the attention kernels for Hopper
