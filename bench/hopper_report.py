@@ -83,15 +83,15 @@ def report(found: Collected, source: Mapping[str, str], learned: str) -> str:
     refused = "\n".join(
         f"- {each.contender}, {each.case}, {'; '.join(each.tiles)}: {each.reason}" for each in found.refusals
     )
-    made = textwrap.fill(
-        f"Made by `python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)}). **No GPU was there: "
-        "nothing here was measured.** Registers, spills, shared memory and instructions are the compiler's figures; cycles "
-        "and times are derived from them by `bench/hopper_model.py`, where each constant has its source.",
-        120,
+    by = f"`python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)})"
+    made = (
+        f"Made by {by}. **No GPU was there: nothing here was measured.** Registers, spills, shared memory and "
+        "instructions are the compiler's figures; cycles and times are derived from them by `bench/hopper_model.py`, "
+        "where each constant has its source."
     )
     return f"""# What the compiler makes of the attention kernels for Hopper
 
-{made}
+{textwrap.fill(made, 120)}
 
 {learned.strip()}
 
