@@ -100,7 +100,7 @@ ATTENTION = Op(
     kind=lambda case: case.mask,
     inputs=lambda case, seed: dict(zip(("q", "k", "v", "key_start", "key_end"), case.inputs(seed), strict=True)),
     run=lambda case, name: functools.partial(prefix_lm_attention, scale=case.scale, implementation=name),
-    implementations=("reference", "triton", "xla", "cudnn"),
+    implementations=("reference", "mosaic_gpu", "triton", "xla", "cudnn"),
     peers=peers.ATTENTION,
     defined=_where_keys,
 )

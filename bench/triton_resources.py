@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import compiler_figures
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -236,18 +238,14 @@ def main() -> None:
 
 def write(resources: list[Resources], folder: Path) -> None:
     """The table and the raw figures, with the versions that they are of."""
-    import importlib.metadata
-
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jax-triton", "triton")}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    provenance = {"figures": "estimated by the compiler", "commit": commit.strip(), **versions}
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = [dataclasses.asdict(entry) for entry in resources]
-    (folder / "resources.json").write_text(json.dumps({**provenance, "kernels": entries}, indent=1) + "\n")
+    source = compiler_figures.versions("jax", "jax-triton", "triton")
     heading = "# What the compiler makes of the Triton kernels\n\n"
-    source = ", ".join(f"{name} {value}" for name, value in provenance.items() if name != "figures")
-    heading += f"Figures of the compiler ({source}), made by `python -m bench.triton_resources`; no GPU was there.\n\n"
-    (folder / "README.md").write_text(heading + table(resources))
+    heading += (
+        f"Figures of the compiler ({compiler_figures.told(source)}), made by `python -m bench.triton_resources`; "
+    )
+    heading += "no GPU was there.\n\n"
+    entries = [dataclasses.asdict(entry) for entry in resources]
+    compiler_figures.write(folder, source, entries, heading + table(resources))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main(
     palette: the blocks' colours: primary is what the demo's own data set has, secondary has four others.
     gif_episodes: how many of them to draw, in RUN/episodes.gif; 0 for none.
     out: JSON of every episode, if given.
-    kernels: of attention and norms: auto, reference, triton or mosaic_tpu.
+    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     """
     keep_compiled_programs()
     policy = Policy.load(run, step=step, kernels=kernels, batch_sizes=(episodes,))

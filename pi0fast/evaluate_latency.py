@@ -140,7 +140,7 @@ def main(
     execute: steps of a chunk to execute before the next is asked for.
     seed: of the layouts. noise_seed: of the chunks' noise.
     out: JSON of the results and of every episode, RUN/latency.json by default.
-    kernels: of attention and norms: auto, reference, triton or mosaic_tpu.
+    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     """
     config = RunConfig.load(run)
     if config.robot is None or config.robot.name != "demo":

@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from pi0fast_kernels import ATTENTION_RESIDUALS
 
 Remat = Literal["none", "mlp", "full"]
-Kernels = Literal["auto", "reference", "triton", "mosaic_tpu"]
+Kernels = Literal["auto", "reference", "triton", "mosaic_gpu", "mosaic_tpu"]
 
 # What a layer computes that the policy `mlp` keeps for the backward pass.
 SAVED_BY_MLP = ("query", "key", "value", *ATTENTION_RESIDUALS, "residual")
@@ -39,7 +39,8 @@ class Execution:
     remat: `none` saves all activations; `mlp` saves q, k, v, the attention output and the residuals, and recomputes
         norms and MLP; `full` saves the inputs of each layer only.
     compact: order the prefix tokens with the valid ones first, once. Otherwise each layer orders its keys.
-    kernels: the implementation of every op of `pi0fast_kernels`; `auto` takes the first that can run.
+    kernels: the implementation of every op of `pi0fast_kernels`; `auto` takes the first that can run, and so does the
+        norm beside the attention of `mosaic_gpu`.
     """
 
     gather: Callable[[nnx.State, DTypeLike | None], nnx.State] = cast
@@ -50,9 +51,14 @@ class Execution:
     kernels: Kernels = "auto"
 
     @property
-    def implementation(self) -> Literal["reference", "triton", "mosaic_tpu"] | None:
-        """`kernels`, as the ops take it."""
+    def attention(self) -> Literal["reference", "triton", "mosaic_gpu", "mosaic_tpu"] | None:
+        """`kernels`, as the attention takes it."""
         return None if self.kernels == "auto" else self.kernels
+
+    @property
+    def norm(self) -> Literal["reference", "triton", "mosaic_tpu"] | None:
+        """`kernels`, as the norm takes it."""
+        return None if self.kernels in ("auto", "mosaic_gpu") else self.kernels
 
     def checkpoint(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with the residuals that the remat policy allows. Wrap everything that calls `gather` with it."""

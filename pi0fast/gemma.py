@@ -152,18 +152,17 @@ class Layer(KeyValue):
 
         place_keys: this layer's own keys or values → those to attend to.
         """
-        kernel = execution.implementation
         scale, shift, gate = modulations.attention
-        h = ada_rms_norm(x, scale, shift, implementation=kernel)
+        h = ada_rms_norm(x, scale, shift, implementation=execution.norm)
         q, *own = self.project(h, rotation)
         k, v = (place(x) for place, x in zip(place_keys, own, strict=True))
         attended = prefix_lm_attention(
-            q, k, v, key_start, key_end, scale=self.query_heads[1] ** -0.5, implementation=kernel
+            q, k, v, key_start, key_end, scale=self.query_heads[1] ** -0.5, implementation=execution.attention
         )
         y = product(self, "out", attended.reshape(*x.shape[:2], -1))
 
         scale, shift, mlp_gate = modulations.mlp
-        h, x = ada_rms_norm(y, scale, shift, residual=x, gate=gate, implementation=kernel)
+        h, x = ada_rms_norm(y, scale, shift, residual=x, gate=gate, implementation=execution.norm)
         x = checkpoint_name(x, "residual")
         gate_in, up = jnp.split(product(self, "gate_up", h), 2, axis=-1)
         y = product(self, "down", jax.nn.gelu(gate_in, approximate=True) * up)
@@ -195,7 +194,7 @@ class Vlm(nnx.Module):
             return x, cached(*kv)
 
         def finish(last: KeyValue, x):
-            h = ada_rms_norm(x, last.attention_norm.modulate(None).scale, implementation=execution.implementation)
+            h = ada_rms_norm(x, last.attention_norm.modulate(None).scale, implementation=execution.norm)
             return cached(*map(layout.order_keys, last.keys_values(h, rotation)))
 
         x, cache = execution.scan(self.layers, step, x.astype(self.dtype), dtype=self.dtype)
@@ -253,4 +252,4 @@ def attend_cached(
 
 
 def final_norm(x: Float[Array, "B T D"], modulation: Modulation, execution: Execution) -> Float[Array, "B T D"]:
-    return ada_rms_norm(x, modulation.scale, modulation.shift, implementation=execution.implementation)
+    return ada_rms_norm(x, modulation.scale, modulation.shift, implementation=execution.norm)

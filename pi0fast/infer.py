@@ -199,7 +199,7 @@ def main(
         asset_id, action_horizon, state_mode: of an openpi checkpoint, which does not tell.
         num_steps, solver: from noise to actions.
         seed: of the noise.
-        kernels: of attention and norms: auto, reference, triton or mosaic_tpu.
+        kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     """
     if (data is None) == (observation is None):
         raise ValueError("give either --data or --observation")

@@ -209,9 +209,9 @@ def check_kernels(config: Pi0Config, execution: Execution) -> None:
     heads.add((siglip.num_heads, siglip.num_heads, siglip.width // siglip.num_heads))
     array = partial(jax.ShapeDtypeStruct, dtype=config.dtype)
     for n, k, c in heads:
-        attend = partial(prefix_lm_attention, scale=1.0, implementation=execution.implementation)
+        attend = partial(prefix_lm_attention, scale=1.0, implementation=execution.attention)
         keys = array((1, 1, k, c))
         jax.eval_shape(lambda q, kv, attend=attend: attend(q, kv, kv, None, None), array((1, 1, n, c)), keys)
     for layer in transformers:
-        norm = partial(ada_rms_norm, implementation=execution.implementation)
+        norm = partial(ada_rms_norm, implementation=execution.norm)
         jax.eval_shape(norm, array((1, 1, layer.width)), array((layer.width,)))

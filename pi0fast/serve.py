@@ -314,7 +314,7 @@ def main(
     seed: of the noise.
     batch_sizes: to compile for; requests that wait together run together, up to the last.
     default_prompt: for requests without one.
-    kernels: of attention and norms: auto, reference, triton or mosaic_tpu.
+    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     rtc: also compile for requests that carry what is left of the last chunk (real-time chunking).
     guidance: of real-time chunking.
     api_key_file: holds the key that clients must give; without it, PI0FAST_API_KEY does.

@@ -160,7 +160,7 @@ class Settings:
     seed: of initial weights, data order, noise and augmentation.
     remat: activations recomputed in the backward pass: none, mlp or full.
     reduce_dtype: of sharded weights' gradients while they are summed over `fsdp`; bfloat16 halves that traffic.
-    kernels: of attention and norms: auto, reference, triton or mosaic_tpu.
+    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     profile: trace so many steps, after two others, into `out`/profile, and tell what each stage takes in them.
     xla: compiler options besides those of `pi0fast.compiler`: name=value, comma-separated; `none` drops those.
     """

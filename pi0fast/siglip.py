@@ -66,7 +66,7 @@ class EncoderLayer(nnx.Module):
         )
         everything = None, None
         attended = prefix_lm_attention(
-            q, k, v, *everything, scale=heads[-1] ** -0.5, implementation=execution.implementation
+            q, k, v, *everything, scale=heads[-1] ** -0.5, implementation=execution.attention
         )
         x = x + self.out(attended.reshape(b, t, d))
         x = checkpoint_name(x, "residual")

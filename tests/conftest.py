@@ -1,7 +1,7 @@
 """Test-wide settings: eight virtual CPU devices, shapes checked as the code runs, one small demo data set.
 
-Kernels run in interpreters, Triton's and Pallas's for TPUs; with JAX_PLATFORMS=cuda, tests/kernels/test_on_gpu.py runs
-Triton's on a GPU.
+Kernels run in interpreters, Triton's and Pallas's for TPUs and GPUs; with JAX_PLATFORMS=cuda,
+tests/kernels/test_on_gpu.py runs Triton's on a GPU.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["PI0FAST_TPU_INTERPRET"] = "1"
+os.environ["PI0FAST_MOSAIC_GPU_INTERPRET"] = "1"
 
 os.environ.setdefault("PI0FAST_COMMIT", "tests")  # results need one, also where the files are no git checkout
 

@@ -63,11 +63,11 @@ def files(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("path", files(KERNELS), ids=lambda path: str(path.relative_to(KERNELS)))
 def test_kernels_import_jax_and_no_other_op(path):
     op = path.relative_to(KERNELS).parts[0]
-    shared = {f"pi0fast_kernels.{name}" for name in ("_dispatch", "_triton", "_mosaic_tpu")}
+    shared = {f"pi0fast_kernels.{name}" for name in ("_dispatch", "_triton", "_mosaic_gpu", "_mosaic_tpu")}
     allowed = {"jax", "jaxtyping", "numpy", *shared, f"pi0fast_kernels.{op}"}  # numpy comes with jax
     if path.parent == KERNELS:
         allowed.add("pi0fast_kernels")
-    backend = path.stem in ("mosaic_gpu", "mosaic_tpu", "_mosaic_tpu", "triton", "_triton")
+    backend = path.stem.lstrip("_").startswith(("mosaic_gpu", "mosaic_tpu", "triton"))
     if backend:
         allowed |= {"triton", "jax_triton"}
     found = {name for name in outside(path, allowed) if name != "pi0fast_kernels"}

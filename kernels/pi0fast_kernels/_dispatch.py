@@ -14,7 +14,7 @@ from jax import lax
 LOUD_BYTES = 2 * 2**30
 
 # The platform that each kernel is for.
-PLATFORMS = {"triton": "cuda", "mosaic_tpu": "tpu"}
+PLATFORMS = {"triton": "cuda", "mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
 
 # What a device calls itself → its CUDA compute capability, for programs compiled where the device is not.
 CAPABILITIES = {

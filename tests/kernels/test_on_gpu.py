@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
+from pi0fast_kernels import _dispatch, ada_rms_norm, prefix_lm_attention
 from pi0fast_kernels._triton import INTERPRET
 from pi0fast_kernels.ada_rms_norm.cases import CASES as NORMS
 from pi0fast_kernels.prefix_lm_attention.cases import CASES as ATTENTIONS
@@ -55,17 +55,19 @@ def check(op, arrays: dict, implementation: str) -> None:
         exact = values_and_gradients(op, wide(arrays), "reference")
     for n, (actual, same, other, target) in enumerate(zip(ours, again, theirs, exact, strict=True)):
         assert np.isfinite(np.asarray(actual, np.float32)).all(), n
-        if implementation == "triton":
+        if implementation in ("mosaic_gpu", "triton"):
             np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(same, np.float32))
         assert error(actual, target) <= 1.5 * error(other, target), n
 
 
-@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton", "xla"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", ATTENTIONS, ids=lambda case: case.name)
 def test_prefix_lm_attention(case, size, implementation):
     case = case if size == "real" else case.shrunk()
     arrays = dict(zip(("q", "k", "v", "key_start", "key_end"), case.inputs(), strict=True))
+    if implementation == "mosaic_gpu" and _dispatch.device().capability != 90:
+        pytest.skip(f"{_dispatch.device().kind} is no Hopper GPU")
     check(partial(prefix_lm_attention, scale=case.scale), arrays, implementation)
 
 

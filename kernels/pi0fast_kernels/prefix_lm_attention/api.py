@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pi0fast_kernels import _dispatch, _mosaic_tpu, _triton
+from pi0fast_kernels import _dispatch, _mosaic_gpu, _mosaic_tpu, _triton
 from pi0fast_kernels.prefix_lm_attention import jax_nn, reference
 
-Implementation = Literal["reference", "triton", "mosaic_tpu", "xla", "cudnn"]
+Implementation = Literal["reference", "triton", "mosaic_gpu", "mosaic_tpu", "xla", "cudnn"]
 
-# What None tries, by platform. Not yet measured: profiles/README.md says what has been.
+# What None tries, by platform. Not yet measured: profiles/README.md says what has been. `mosaic_gpu` must be named:
+# it has run in an interpreter only, which does not see whether registers or shared memory change under a wgmma in
+# flight.
 ORDER = {"cuda": ("triton", "reference"), "tpu": ("mosaic_tpu", "reference")}
 
 # Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward pass needs beside the arguments. A remat policy that
@@ -40,10 +42,10 @@ def prefix_lm_attention(
     (`pi0fast_kernels.ranges` builds them). None for a bound leaves that side open. Each of the K key/value heads serves
     N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
 
-    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, and
-        `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32, both with head dimensions from 16 to 256; `xla`
-        and `cudnn` are `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges;
-        `reference` is pure JAX.
+    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16; `mosaic_gpu` on
+        H100 and H200, in bfloat16, with head dimensions in multiples of 8, and only when named; `mosaic_tpu` on TPU
+        v5e, v5p and v6e, in bfloat16 or float32; all three with head dimensions from 16 to 256. `xla` and `cudnn` are
+        `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges; `reference` is pure JAX.
 
     Returns: the attended values, in v's dtype.
 
@@ -123,10 +125,16 @@ def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int
     return {
         "reference": None,
         "triton": shape or _triton.reason(device, q.dtype),
+        "mosaic_gpu": shape or _mosaic_gpu.reason(device, q.dtype) or _unaligned(c),
         "mosaic_tpu": shape or _mosaic_tpu.reason(device, q.dtype) or _too_many_keys(q, num_keys),
         "xla": None,
         "cudnn": jax_nn.cudnn_reason(device, q),
     }
+
+
+def _unaligned(head_dim: int) -> str | None:
+    """Hopper's copy engine takes arrays whose rows begin at multiples of 16 bytes."""
+    return None if head_dim % 8 == 0 else f"it takes head dimensions in multiples of 8, not {head_dim}"
 
 
 def _too_many_keys(q: Float[Array, "B T N C"], num_keys: int) -> str | None:

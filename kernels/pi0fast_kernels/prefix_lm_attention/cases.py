@@ -59,12 +59,12 @@ class Case:
         )
         if self.mask == "all":
             return q, k, v, None, None
-        start, end = jnp.moveaxis(jnp.array(self._intervals(), jnp.int32), -1, 0)
+        start, end = jnp.moveaxis(jnp.array(self.intervals(), jnp.int32), -1, 0)
         return q, k, v, start, end
 
     def flops(self, backward: bool = False) -> int:
         """Of the matrix products of visible query-key pairs: two forward, five backward (without the forward pass)."""
-        pairs = sum(end - start for example in self._intervals() for start, end in example)
+        pairs = sum(end - start for example in self.intervals() for start, end in example)
         return (10 if backward else 4) * self.head_dim * self.heads * pairs
 
     def bytes(self, backward: bool = False) -> int:
@@ -98,7 +98,7 @@ class Case:
             valid=(few(self.valid[0]), few(self.valid[1])),
         )
 
-    def _intervals(self) -> list[list[tuple[int, int]]]:
+    def intervals(self) -> list[list[tuple[int, int]]]:
         """The keys that each query of each example sees."""
         least, most = self.valid
         steps = max(self.batch - 1, 1)
