@@ -42,15 +42,15 @@ def launch(
     warpgroups: int,
     scratch: Sequence[Any],
     cluster: Mapping[str, int] | None = None,
-    auto_barriers: bool = False,
 ) -> list[jax.Array]:
     """`kernel(*arrays, *results, *scratch)`, all of them references, over a grid → results. Profiles show it as `name`.
 
     grid: name of each axis → programs along it; `lax.axis_index` gives where a program is.
     warpgroups: of 128 threads each, in one program; axis `warpgroup`.
     cluster: axis → programs that share their shared memory.
-    auto_barriers: synchronise a program's threads around every use of shared memory. Without, a warpgroup may not read
-        what another of its threads wrote before a barrier.
+
+    Pallas adds no barriers of its own around uses of shared memory (`unsafe_no_auto_barriers`): a warpgroup that reads
+    what its threads wrote has to commit it first.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -59,7 +59,7 @@ def launch(
         kernel,
         out_type=list(results),
         scratch_types=list(scratch),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not auto_barriers),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         cluster=tuple(cluster.values()),

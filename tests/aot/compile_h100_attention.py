@@ -1,6 +1,7 @@
-"""Compiles the Hopper attention for an H100 that is not there, and prints what came of each kernel, as JSON.
+"""Compiles the Hopper attention for H100s that are not there, and prints what came of each kernel, as JSON.
 
-    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...       one pass of each
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention sharded       gradients inside shard_map and checkpoint
 
 CASE: a name in cases.py, with `:C` for another head dimension, or `:C:backward` for that pass, C empty for the case's
 own. A process of its own: JAX may not look for a GPU, and what Mosaic is to write down it is told by the environment.
@@ -12,14 +13,25 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+import numpy as np
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from pi0fast import targets
+from pi0fast_kernels import ATTENTION_RESIDUALS, prefix_lm_attention
 from pi0fast_kernels._dispatch import Device
 from pi0fast_kernels.prefix_lm_attention import cases, mosaic_gpu
 
@@ -60,7 +72,30 @@ def figures(kernel: Path) -> dict[str, object]:
     }
 
 
+def sharded() -> dict[str, int]:
+    """How often each kernel stands in a program for eight, whose remat policy saves the forward kernel's results."""
+    mesh = Mesh(np.array(targets.devices("h100:8")), ("data",), axis_types=(AxisType.Auto,))
+    data = PartitionSpec("data")
+
+    def loss(*inputs):
+        out = prefix_lm_attention(*inputs, scale=1.0, implementation="mosaic_gpu")
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))[None]
+
+    remat = jax.checkpoint(loss, policy=jax.checkpoint_policies.save_only_these_names(*ATTENTION_RESIDUALS))
+    losses = jax.shard_map(remat, mesh=mesh, in_specs=(data,) * 5, out_specs=data)
+    array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, data))
+    q, k = array((16, 20, 8, 64), jnp.bfloat16), array((16, 100, 1, 64), jnp.bfloat16)
+    bound = array((16, 20), jnp.int32)
+    gradients = jax.grad(lambda *inputs: jnp.sum(losses(*inputs)), (0, 1, 2))
+    program = jax.jit(gradients).lower(q, k, k, bound, bound).compile().as_text()
+    calls = [line for line in str(program).splitlines() if 'custom_call_target="mosaic_gpu' in line]
+    return Counter(re.findall(r"/(prefix_lm_attention_\w+?)(?:_\d+)?/", "\n".join(calls)))
+
+
 def main(names: list[str]) -> None:
+    if names == ["sharded"]:
+        print(json.dumps(sharded()))
+        return
     named = {case.name: case for case in cases.CASES}
     found = {}
     for name in names:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,14 @@ SLOW += [f"{name}:{c}" for name in ("causal_gqa", "pi0_inference") for c in (64,
 BACKWARD = [f"{name}::backward" for name in ("pi0_suffix", "siglip", "causal_gqa")] + ["causal_gqa:64:backward"]
 
 
+def compiled(*names: str) -> dict[str, Any]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.aot.compile_h100_attention", *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -30,11 +39,7 @@ BACKWARD = [f"{name}::backward" for name in ("pi0_suffix", "siglip", "causal_gqa
 )
 def test_it_fits(names):
     """No register is spilled and no product waits for the one before; what is copied is what is multiplied."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    environment.pop("PI0FAST_MOSAIC_GPU_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.aot.compile_h100_attention", *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled(*names)
     assert list(found) == names
     for name, kernels in found.items():
         assert len(kernels) == (2 if name.endswith("backward") else 1), name
@@ -46,3 +51,9 @@ def test_it_fits(names):
             not_copied = set(figures["tiles"]) - set(figures["rows"])
             assert figures["rows"] and set(figures["rows"]) <= set(figures["tiles"]), name
             assert len(not_copied) == ("dkv" in kernel), name  # weights, that cross between warpgroups
+
+
+@pytest.mark.slow
+def test_it_compiles_inside_shard_map_and_checkpoint():
+    """The interpreter goes through neither: here the compiler has eight GPUs. The forward kernel runs once."""
+    assert compiled("sharded") == {f"prefix_lm_attention_{name}": 1 for name in ("forward", "dq", "dkv")}

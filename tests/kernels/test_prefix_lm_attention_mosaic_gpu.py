@@ -58,9 +58,9 @@ def causal_ranges(shape: Shape):
     return jnp.zeros_like(end), end
 
 
-def prefix_ranges(shape: Shape, valid=3):
+def prefix_ranges(shape: Shape, padding=3):
     """The last queries are padding; the others see all keys that are not."""
-    end = jnp.where(jnp.arange(shape.t) < shape.t - valid, shape.s - valid, 0)
+    end = jnp.where(jnp.arange(shape.t) < shape.t - padding, shape.s - padding, 0)
     end = jnp.broadcast_to(end, (shape.b, shape.t)).astype(jnp.int32)
     return jnp.zeros_like(end), end
 
@@ -316,6 +316,26 @@ def test_the_public_op_under_vmap_and_scan():
         ours = jax.block_until_ready(both("mosaic_gpu"))
     for actual, exact in zip(ours, both("reference"), strict=True):
         np.testing.assert_allclose(actual.astype(jnp.float32), exact.astype(jnp.float32), rtol=0, atol=2e-2)
+
+
+def test_gradients_through_the_public_op():
+    """The backward kernels take what the forward kernel saves."""
+    shape = Shape(1, 5, 40, 2, 1, 16)
+    q, k, v = arrays(shape)
+    start, end = random_ranges(shape)
+
+    def gradients(implementation, *inputs):
+        def loss(q, k, v):
+            out = prefix_lm_attention(q, k, v, start, end, scale=0.25, implementation=implementation)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
+
+    with race_free():
+        ours = jax.block_until_ready(gradients("mosaic_gpu", q, k, v))
+    exact = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for actual, half, wide in zip(ours, gradients("reference", q, k, v), exact, strict=True):
+        assert error(actual, wide) <= 1.5 * error(half, wide)
 
 
 def test_only_a_caller_that_names_it_gets_it():

@@ -42,10 +42,10 @@ def prefix_lm_attention(
     (`pi0fast_kernels.ranges` builds them). None for a bound leaves that side open. Each of the K key/value heads serves
     N/K consecutive query heads. A query with an empty interval gives zeros, and zero gradients.
 
-    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16, `mosaic_gpu` on
-        H100 and H200, in bfloat16 (only when named), and `mosaic_tpu` on TPU v5e, v5p and v6e, in bfloat16 or float32,
-        all three with head dimensions from 16 to 256; `xla` and `cudnn` are `jax.nn.dot_product_attention`, which holds
-        a mask of B × T × S where there are ranges; `reference` is pure JAX.
+    implementation: `triton` runs on NVIDIA GPUs from compute capability 8.0 up, in bfloat16 or float16; `mosaic_gpu` on
+        H100 and H200, in bfloat16, with head dimensions in multiples of 8, and only when named; `mosaic_tpu` on TPU
+        v5e, v5p and v6e, in bfloat16 or float32; all three with head dimensions from 16 to 256. `xla` and `cudnn` are
+        `jax.nn.dot_product_attention`, which holds a mask of B × T × S where there are ranges; `reference` is pure JAX.
 
     Returns: the attended values, in v's dtype.
 
