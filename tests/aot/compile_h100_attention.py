@@ -1,6 +1,6 @@
 """Compiles the Hopper attention for H100s that are not there, and prints what came of each kernel, as JSON.
 
-    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...       a pass of each
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention CASE...       one pass of each
     JAX_PLATFORMS=cpu python -m tests.aot.compile_h100_attention sharded       gradients inside shard_map and checkpoint
 
 CASE: a name in cases.py, with `:C` for another head dimension, or `:C:backward` for that pass, C empty for the case's
