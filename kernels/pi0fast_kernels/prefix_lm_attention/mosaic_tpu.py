@@ -77,10 +77,10 @@ class TuningConfig:
 # Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e; v5p has v5e's units and takes its
 # tiles. Nothing here has been timed on a TPU.
 V5 = TuningConfig(
-    Tile(512, 512, 1024, 256, 1024), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 512, 1024), unit=128
+    Tile(512, 512, 1024, 256, 256), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 256, 256), unit=128
 )
 V6 = TuningConfig(
-    Tile(3328, 512, 1024, 256, 256), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 256, 1024), unit=256
+    Tile(3328, 512, 1024, 256, 256), Tile(512, 256, 0, 512, 256), Tile(1792, 512, 1024, 256, 256), unit=256
 )
 TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
@@ -131,6 +131,14 @@ class _Plan:
         return lax.div(head, jnp.int32(self.kv_heads)) * self.tiles + tile
 
 
+def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
+    """Along lanes; registers side by side are added first, so that fewer are transposed."""
+    columns = [x[:, lanes] for lanes in _cut(x.shape[1], LANES)]
+    if x.shape[1] % LANES == 0:
+        x = sum(columns[1:], columns[0])
+    return jnp.sum(x.T, axis=0, keepdims=True)
+
+
 def _cut(size: int, piece: int) -> list[slice]:
     return [slice(first, min(first + piece, size)) for first in range(0, size, piece)]
 
@@ -139,8 +147,8 @@ def _plan(q, k, tile: Tile, unit: int) -> _Plan:
     (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
     packed = t * n // kv_heads
     rows = packed
-    if packed > tile.rows:  # as few rows past the end as possible
-        rows = min(range(unit, tile.rows + 1, unit), key=lambda size: (pl.cdiv(packed, size) * size, -size))
+    if packed > tile.rows:  # filling and draining the matrix units takes a tile as long as this many rows more
+        rows = min(range(unit, tile.rows + 1, unit), key=lambda size: pl.cdiv(packed, size) * (size + LANES))
     keys = s if s <= max(tile.single, tile.keys) else tile.keys
     return _Plan(rows, keys, packed, s, kv_heads, tile.part, tile.chunk)
 
@@ -161,15 +169,6 @@ def _logits(q, k, ranges, rows: slice, keys: slice, block, masked: bool, scale: 
     if masked or keys.stop > plan.inner.stop:
         logits = jnp.where(key < ranges[0, 1:2, rows], logits, MASKED)
     return logits
-
-
-def _one_ahead(parts, compute):
-    ahead = compute(parts[0])
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        computed = ahead
-        if following is not None:
-            ahead = compute(following)
-        yield part, computed
 
 
 def _staggered(parts: list[slice], *stages: Callable[[slice], Iterator[None]]) -> None:
@@ -277,7 +276,26 @@ def _forward(
 
 
 def _backward(
-    hulls, ranges, q, k, v, out, lse, dout, dq, dk, dv, delta, dqueries, dkeys, dvalues, *, scale: float, plan: _Plan
+    hulls,
+    ranges,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dq,
+    dk,
+    dv,
+    dqueries,
+    dkeys,
+    dvalues,
+    weights,
+    dlogits,
+    transposed,
+    *,
+    scale: float,
+    plan: _Plan,
 ):
     tile, block = pl.program_id(1), pl.program_id(2)
 
@@ -293,30 +311,55 @@ def _backward(
             for ref in (q, out, dout):
                 ref[0, plan.packed % plan.rows :] = jnp.zeros_like(ref[0, plan.packed % plan.rows :])
 
-    @pl.when(block == 0)
-    def _():
-        dqueries[...] = jnp.zeros_like(dqueries)
-        products = out[0].astype(jnp.float32) * dout[0].astype(jnp.float32)
-        delta[...] = jnp.sum(products.T, axis=0, keepdims=True)
-
     def run(masked: bool):
         _clear_past_end(block, plan, k, v)
-        keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
-        every = slice(0, plan.keys)
-        compute = lambda rows: _logits(q, k, ranges, rows, every, block, masked, scale, plan)
-        for rows, logits in _one_ahead(plan.parts, compute):
-            weights = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
-            dvalues[keys] += _dot(weights.astype(q.dtype), dout[0, rows], (1, 0))
-            dweights = _dot(v[0], dout[0, rows], (1, 1))
-            dlogits = (weights * (dweights - delta[:, rows])).astype(q.dtype)
-            dkeys[keys] += _dot(dlogits, q[0, rows], (1, 0))
-            dqueries[:, rows] += _dot(k[0], dlogits, (0, 0))
+        transposed[...] = k[0].T
+        first = pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0
 
-    _where_seen(hulls, plan, block, run)
+        def weigh(rows: slice):
+            size = rows.stop - rows.start
+            delta = _row_sums(out[0, rows].astype(jnp.float32) * dout[0, rows].astype(jnp.float32))
+            for keys in plan.chunks:
+                logits = _logits(q, k, ranges, rows, keys, block, masked, scale, plan)
+                some = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
+                weights[keys, :size] = some.astype(weights.dtype)
+                dweights = _dot(v[0, keys], dout[0, rows], (1, 1))
+                dlogits[keys, :size] = (some * (dweights - delta)).astype(dlogits.dtype)
+                yield
 
-    @pl.when(block == plan.blocks - 1)
-    def _():
-        dq[0] = (dqueries[...] * scale).T.astype(dq.dtype)
+        def attend(rows: slice):
+            size = rows.stop - rows.start
+            dquery = 0.0
+            for keys in plan.chunks:
+                there = pl.ds(first + keys.start, keys.stop - keys.start)
+                dvalues[there] += _dot(weights[keys, :size], dout[0, rows], (1, 0))
+                dkeys[there] += _dot(dlogits[keys, :size], q[0, rows], (1, 0))
+                dquery += _dot(transposed[:, keys], dlogits[keys, :size], (1, 0))
+                yield
+            if plan.blocks == 1:
+                dq[0, rows] = (dquery * scale).astype(dq.dtype).T
+            else:
+                dqueries[:, rows] += dquery
+
+        _staggered(plan.parts, weigh, attend)
+
+    if plan.blocks == 1:
+        seen = _where_seen(hulls, plan, block, run)
+
+        @pl.when(jnp.logical_not(seen))
+        def _():
+            dq[...] = jnp.zeros_like(dq)
+    else:
+
+        @pl.when(block == 0)
+        def _():
+            dqueries[...] = jnp.zeros_like(dqueries)
+
+        _where_seen(hulls, plan, block, run)
+
+        @pl.when(block == plan.blocks - 1)
+        def _():
+            dq[0] = (dqueries[...] * scale).astype(dq.dtype).T
 
     @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1))
     def _():
@@ -452,7 +495,8 @@ def backward(
     padding = (0, 0), (0, 0), (0, plan.padded - plan.packed)
     lse = jnp.pad(by_head(lse[..., None])[:, None, :, 0], padding, constant_values=NO_KEYS)
     heads = b * plan.kv_heads
-    sums = [(1, plan.rows), (c, plan.rows), *2 * [(plan.blocks * plan.keys, c)]]
+    sums = [(c if plan.blocks > 1 else 1, plan.rows), *2 * [(plan.blocks * plan.keys, c)]]
+    part = plan.parts[0].stop
     dq, dk, dv = launch(
         partial(_backward, scale=scale, plan=plan),
         [
@@ -473,7 +517,10 @@ def backward(
             grid=(heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys, of_rows, of_lse, of_rows],
             out_specs=[of_rows, of_whole, of_whole],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+            scratch_shapes=[
+                *[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+                *[pltpu.VMEM(shape, q.dtype) for shape in (*2 * [(plan.keys, part)], (c, plan.keys))],
+            ],
         ),
         parallel=(True, False, False),
         cost=_cost(q, k, products=5, passes=4),
