@@ -48,18 +48,19 @@ class TuningConfig:
     fill: int
 
 
-# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e; v5p has v5e's units and takes its
-# tiles. Nothing here has been timed on a TPU.
+# Compared by the compiler's bundles at Pi0's prefix, suffix and inference and with causal attention, on v5e and v6e;
+# v5p has v5e's units and takes its tiles. Larger tiles and programs save cycles, and take longer to compile: v6e's 13
+# parts of a tile are some 8,000 bundles, twice (masked and not). Nothing here has been timed on a TPU.
 V5 = TuningConfig(
     forward=Tile(512, 512, 1024, 256, 256, heads=2),
-    few_rows=Tile(512, 256, 0, 512, 256, heads=1),
+    few_rows=Tile(512, 512, 0, 128, 256, heads=1),
     backward=Tile(512, 512, 1024, 256, 256, heads=1),
     unit=128,
     fill=32,
 )
 V6 = TuningConfig(
     forward=Tile(3328, 512, 1024, 256, 256, heads=4),
-    few_rows=Tile(512, 256, 0, 512, 256, heads=1),
+    few_rows=Tile(512, 512, 0, 256, 256, heads=1),
     backward=Tile(1792, 512, 1024, 256, 256, heads=4),
     unit=256,
     fill=384,
