@@ -11,10 +11,20 @@ row has one of (its interval, maximum, sum) then lies along lanes, and a row's m
 Up to `Tile.single` keys are one block, which stays in VMEM for all rows of an example, and the softmax is a plain one.
 More keys come in blocks, and the softmax runs online in base 2 (Dao 2023, https://arxiv.org/abs/2307.08691). The blocks
 that a tile of rows may see are known before the kernel starts (prefetched scalars): the others are neither loaded nor
-computed, and those that every row sees whole are not masked.
+computed, and those that every row sees whole are not masked. A single block is masked in its first and last chunk only
+where all rows see what lies between.
 
 The backward pass is one kernel of five products. A TPU's programs run one after another, so dk and dv are summed in
 VMEM over the rows of an example and key/value head, and results are the same from run to run.
+
+Schedule (derived, and read in compiled code): on v6e the two products of a register of 8 × 128 logits keep the matrix
+units busy for 2 cycles (8 on v5e), in which the vector unit has 8 slots. The softmax takes 4.5 of them and summing
+products over chunks 1.2; a whole mask would take 4 more. So both must be busy side by side, which the compiler arranges
+within straight code only: at each branch v6e's matrix units idle for some 350 cycles, until the first results come out
+and after the last product went in. Hence many parts of a tile are unrolled, and three are in work at once: the products
+with v of one, the weights of the next, the logits of the one after. v6e sums 256 products at a time, so values of 816
+keys cost there what 1024 do; with that, and rows and keys past the valid ones, 1.19 times the bound of the visible
+pairs is the least for the prefix of Pi0.
 
 Numerics: products accumulate in float32 (those of float32 arrays are exact to float32); the weights are rounded to v's
 dtype before they multiply v (before they are normalised, where the reference rounds after), and the logits' gradients
@@ -24,8 +34,8 @@ Backend: with more than one key/value head XLA moves the heads in front of the t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +45,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
-from pi0fast_kernels._mosaic_tpu import generation, launch
+from pi0fast_kernels._mosaic_tpu import launch
+from pi0fast_kernels.prefix_lm_attention import tpu_tiles
+from pi0fast_kernels.prefix_lm_attention.tpu_tiles import Part, Plan, TuningConfig
 
 LOG2_E = 1.4426950408889634
 MASKED = -1e30  # a logit that is not seen
@@ -43,79 +55,15 @@ FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 LANES = 128
 VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut up.
-
-    rows: of one tile. keys: of one block. single: up to how many keys are one block whatever `keys` says.
-    part: how many rows are multiplied at once; the logits of a part are computed before the softmax of the one before
-        it, so that the compiler can overlap the two.
-    """
-
-    rows: int
-    keys: int
-    single: int
-    part: int
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel."""
-
-    forward: Tile
-    few_rows: Tile
-    backward: Tile
-
-
-# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e: parts of 256 and of all rows of a tile;
-# v5p has v5e's units and takes its tiles. Nothing here has been timed on a TPU.
-V5 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512))
-V6 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 256))
-TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How one call is cut up. rows, keys: of one tile and block. packed: rows of one key/value head."""
-
-    rows: int
-    keys: int
-    packed: int
-    num_keys: int
-    kv_heads: int
-    part: int
-
-    @property
-    def parts(self) -> list[slice]:
-        return [slice(first, min(first + self.part, self.rows)) for first in range(0, self.rows, self.part)]
-
-    @property
-    def tiles(self) -> int:
-        return pl.cdiv(self.packed, self.rows)
-
-    @property
-    def blocks(self) -> int:
-        return pl.cdiv(self.num_keys, self.keys)
-
-    @property
-    def padded(self) -> int:
-        return self.tiles * self.rows
-
-    def tile(self, head, tile):
-        """Where the prefetched scalars of a tile are."""
-        return lax.div(head, jnp.int32(self.kv_heads)) * self.tiles + tile
-
-
-def _plan(q, k, tile: Tile) -> _Plan:
-    (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
-    packed = t * n // kv_heads
-    rows = packed
-    if packed > tile.rows:  # as few rows past the end as possible
-        rows = min(range(LANES, tile.rows + 1, LANES), key=lambda size: (pl.cdiv(packed, size) * size, -size))
-    return _Plan(rows, s if s <= max(tile.single, tile.keys) else tile.keys, packed, s, kv_heads, tile.part)
+def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
+    """Along lanes; registers side by side are added first, so that fewer are transposed."""
+    columns = [x[:, lanes] for lanes in tpu_tiles.cut(x.shape[1], LANES)]
+    if x.shape[1] % LANES == 0:
+        x = sum(columns[1:], columns[0])
+    return jnp.sum(x.T, axis=0, keepdims=True)
 
 
 def _dot(a, b, over: tuple[int, int]):
@@ -125,26 +73,37 @@ def _dot(a, b, over: tuple[int, int]):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _logits(q, k, ranges, rows: slice, first_key, masked: bool, scale: float) -> Float[Array, "keys rows"]:
-    """In base 2."""
-    logits = _dot(k[0], q[0, rows], (1, 1)) * (scale * LOG2_E)
-    if not masked:
-        return logits
-    key = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-    return jnp.where((ranges[0, 0:1, rows] <= key) & (key < ranges[0, 1:2, rows]), logits, MASKED)
+def _interval(ranges, part: Part) -> tuple[Int[Array, "1 rows"], Int[Array, "1 rows"]]:
+    """The keys that each row sees, from and to; heads of one example see the same."""
+    example = min(part.head, ranges.shape[0] - 1)
+    return ranges[example, 0:1, part.rows], ranges[example, 1:2, part.rows]
 
 
-def _one_ahead(parts: list[slice], compute: Callable[[slice], jax.Array]) -> Iterator[tuple[slice, jax.Array]]:
-    """Each part and what is computed of it; the next part's is computed before a part is handed out."""
-    ahead = compute(parts[0])
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        computed = ahead
-        if following is not None:
-            ahead = compute(following)
-        yield part, computed
+def _logits(q, k, ranges, part: Part, keys: slice, block, masked: bool, scale: float, plan: Plan):
+    """Of a chunk of a block's keys, in base 2. [keys, rows]."""
+    logits = _dot(k[part.head, keys], q[part.head, part.rows], (1, 1)) * (scale * LOG2_E)
+    start, end = _interval(ranges, part)
+    key = block * plan.keys + keys.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    if masked or keys.start < plan.inner.start:
+        logits = jnp.where(start <= key, logits, MASKED)
+    if masked or keys.stop > plan.inner.stop:
+        logits = jnp.where(key < end, logits, MASKED)
+    return logits
 
 
-def _clear_past_end(block, plan: _Plan, *refs) -> None:
+def _staggered(parts: list[Part], *stages: Callable[[Part], Iterator[None]]) -> None:
+    """Every stage on every part, each stage one part behind the one before it.
+
+    The stages take turns at every `yield`, the last one first: what they compute then is independent, so that the
+    compiler can overlap it, and a stage may overwrite what the one after it has just read.
+    """
+    for step in range(len(parts) + len(stages) - 1):
+        running = [stage(parts[step - lag]) for lag, stage in enumerate(stages) if 0 <= step - lag < len(parts)]
+        for _ in zip_longest(*reversed(running)):
+            pass
+
+
+def _clear_past_end(block, plan: Plan, *refs) -> None:
     """Zeros where the last block of keys has none: whatever is there would spoil sums, zero weights or not."""
     if plan.num_keys % plan.keys:
 
@@ -154,17 +113,76 @@ def _clear_past_end(block, plan: _Plan, *refs) -> None:
                 ref[0, plan.num_keys % plan.keys :] = jnp.zeros_like(ref[0, plan.num_keys % plan.keys :])
 
 
-def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> None:
-    """`run(masked)` if the tile sees any of the block's keys."""
+def _where_seen(hulls, plan: Plan, block, run: Callable[[bool], None]) -> jax.Array:
+    """`run(masked)` if the tile sees any of the block's keys; whether it does. masked: `plan.inner` must be, too."""
     first, last, whole_from, whole_to = (hulls[i, plan.tile(pl.program_id(0), pl.program_id(1))] for i in range(4))
-    partly = (block * plan.keys < whole_from) | (block * plan.keys + plan.keys > whole_to)
+    partly = (block * plan.keys + plan.inner.start < whole_from) | (block * plan.keys + plan.inner.stop > whole_to)
     seen = (first <= block) & (block < last)
     pl.when(seen & partly)(partial(run, True))
     pl.when(seen & jnp.logical_not(partly))(partial(run, False))
+    return seen
 
 
-def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale: float, plan: _Plan):
+def _forward(
+    hulls, ranges, q, k, v, out, lse, maximum, total, summed, logits, weights, values, *, scale: float, plan: Plan
+):
     block = pl.program_id(2)
+
+    def finish(part: Part, attended, whole, highest):
+        # A row that sees nothing was left unmasked where the others see all.
+        start, end = _interval(ranges, part)
+        whole = jnp.where(start < end, whole, 1.0)
+        out[part.head, part.rows] = jnp.where(start < end, attended / whole, 0.0).astype(out.dtype).T
+        lse[part.head, :, part.rows] = jnp.where(start < end, (highest + jnp.log2(whole)) / LOG2_E, NO_KEYS)
+
+    def run(masked: bool):
+        _clear_past_end(block, plan, v)
+        for head in range(plan.heads):
+            values[head] = v[head].T
+        highest, whole = {}, {}  # of a part's rows
+
+        def multiply(part: Part):
+            shape = (1, part.size)
+            highest[part] = jnp.full(shape, FLOOR) if plan.blocks == 1 else maximum[:, part.rows]
+            for keys in plan.chunks:
+                some = _logits(q, k, ranges, part, keys, block, masked, scale, plan)
+                highest[part] = jnp.maximum(highest[part], jnp.max(some, axis=0, keepdims=True))
+                logits[keys, : part.size] = some
+                yield
+
+        def weigh(part: Part):
+            whole[part] = jnp.zeros((1, part.size), jnp.float32)
+            for keys in plan.chunks:
+                some = jnp.exp2(logits[keys, : part.size] - highest[part])
+                whole[part] += jnp.sum(some, axis=0, keepdims=True)
+                weights[keys, : part.size] = some.astype(weights.dtype)
+                yield
+
+        def attend(part: Part):
+            attended = jnp.zeros((), jnp.float32)
+            for keys in plan.chunks:
+                attended += _dot(values[part.head, :, keys], weights[keys, : part.size], (1, 0))
+                yield
+            if plan.blocks == 1:
+                finish(part, attended, whole[part], highest[part])
+            else:
+                rows = part.rows
+                shrink = jnp.exp2(maximum[:, rows] - highest[part])
+                maximum[:, rows] = highest[part]
+                total[:, rows] = total[:, rows] * shrink + whole[part]
+                summed[:, rows] = summed[:, rows] * shrink + attended
+
+        _staggered(plan.parts, multiply, weigh, attend)
+
+    if plan.blocks == 1:
+        seen = _where_seen(hulls, plan, block, run)
+
+        @pl.when(jnp.logical_not(seen))
+        def _():
+            out[...] = jnp.zeros_like(out)
+            lse[...] = jnp.full_like(lse, NO_KEYS)
+
+        return
 
     @pl.when(block == 0)
     def _():
@@ -172,37 +190,40 @@ def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale:
         total[...] = jnp.zeros_like(total)
         summed[...] = jnp.zeros_like(summed)
 
-    def run(masked: bool):
-        _clear_past_end(block, plan, v)
-        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
-        for rows, logits in _one_ahead(plan.parts, compute):
-            new_maximum = jnp.maximum(maximum[:, rows], jnp.max(logits, axis=0, keepdims=True))
-            weights = jnp.exp2(logits - new_maximum)
-            new_total = jnp.sum(weights, axis=0, keepdims=True)
-            new_summed = _dot(v[0], weights.astype(v.dtype), (0, 0))
-            if plan.blocks > 1:
-                shrink = jnp.exp2(maximum[:, rows] - new_maximum)
-                new_total += total[:, rows] * shrink
-                new_summed += summed[:, rows] * shrink
-            maximum[:, rows], total[:, rows], summed[:, rows] = new_maximum, new_total, new_summed
-
     _where_seen(hulls, plan, block, run)
 
     @pl.when(block == plan.blocks - 1)
     def _():
-        # A row that sees nothing was left unmasked in blocks that the others see whole.
-        sees = ranges[0, 0:1] < ranges[0, 1:2]
-        whole = jnp.where(sees, total[...], 1.0)
-        out[0] = jnp.where(sees, summed[...] / whole, 0.0).T.astype(out.dtype)
-        lse[0] = jnp.where(sees, (maximum[...] + jnp.log2(whole)) / LOG2_E, NO_KEYS)
+        for part in plan.parts:
+            finish(part, summed[:, part.rows], total[:, part.rows], maximum[:, part.rows])
 
 
 def _backward(
-    hulls, ranges, q, k, v, out, lse, dout, dq, dk, dv, delta, dqueries, dkeys, dvalues, *, scale: float, plan: _Plan
+    hulls,
+    ranges,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dq,
+    dk,
+    dv,
+    dqueries,
+    dkeys,
+    dvalues,
+    weights,
+    dlogits,
+    transposed,
+    *,
+    scale: float,
+    plan: Plan,
 ):
     tile, block = pl.program_id(1), pl.program_id(2)
+    alone = plan.tiles == plan.blocks == 1  # every sum begins and ends in this program
 
-    @pl.when((tile == 0) & (block == 0))
+    @pl.when((tile == 0) & (block == 0) & (not alone))
     def _():
         dkeys[...] = jnp.zeros_like(dkeys)
         dvalues[...] = jnp.zeros_like(dvalues)
@@ -214,34 +235,71 @@ def _backward(
             for ref in (q, out, dout):
                 ref[0, plan.packed % plan.rows :] = jnp.zeros_like(ref[0, plan.packed % plan.rows :])
 
-    @pl.when(block == 0)
-    def _():
-        dqueries[...] = jnp.zeros_like(dqueries)
-        products = out[0].astype(jnp.float32) * dout[0].astype(jnp.float32)
-        delta[...] = jnp.sum(products.T, axis=0, keepdims=True)
-
     def run(masked: bool):
         _clear_past_end(block, plan, k, v)
-        keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
-        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
-        for rows, logits in _one_ahead(plan.parts, compute):
-            weights = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
-            dvalues[keys] += _dot(weights.astype(q.dtype), dout[0, rows], (1, 0))
-            dweights = _dot(v[0], dout[0, rows], (1, 1))
-            dlogits = (weights * (dweights - delta[:, rows])).astype(q.dtype)
-            dkeys[keys] += _dot(dlogits, q[0, rows], (1, 0))
-            dqueries[:, rows] += _dot(k[0], dlogits, (0, 0))
+        for head in range(plan.heads):
+            transposed[head] = k[head].T
+        first = pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0
 
-    _where_seen(hulls, plan, block, run)
+        def weigh(part: Part):
+            head, rows = part
+            delta = _row_sums(out[head, rows].astype(jnp.float32) * dout[head, rows].astype(jnp.float32))
+            for keys in plan.chunks:
+                logits = _logits(q, k, ranges, part, keys, block, masked, scale, plan)
+                some = jnp.exp2(logits - lse[head, :, rows] * LOG2_E)
+                weights[keys, : part.size] = some.astype(weights.dtype)
+                dweights = _dot(v[head, keys], dout[head, rows], (1, 1))
+                dlogits[keys, : part.size] = (some * (dweights - delta)).astype(dlogits.dtype)
+                yield
 
-    @pl.when(block == plan.blocks - 1)
+        def attend(part: Part):
+            head, rows = part
+            dquery = jnp.zeros((), jnp.float32)
+            for keys in plan.chunks:
+                there = pl.ds(first + keys.start, keys.stop - keys.start)
+                dvalue = _dot(weights[keys, : part.size], dout[head, rows], (1, 0))
+                dkey = _dot(dlogits[keys, : part.size], q[head, rows], (1, 0))
+                dquery += _dot(transposed[head, :, keys], dlogits[keys, : part.size], (1, 0))
+                if not alone or rows.start > 0:
+                    dvalue += dvalues[head, there]
+                    dkey += dkeys[head, there]
+                if alone and rows.stop == plan.rows:
+                    dv[head, keys] = dvalue.astype(dv.dtype)
+                    dk[head, keys] = (dkey * scale).astype(dk.dtype)
+                else:
+                    dvalues[head, there] = dvalue
+                    dkeys[head, there] = dkey
+                yield
+            if plan.blocks == 1:
+                dq[head, rows] = (dquery * scale).astype(dq.dtype).T
+            else:
+                dqueries[:, rows] += dquery
+
+        _staggered(plan.parts, weigh, attend)
+
+    if plan.blocks == 1:
+        seen = _where_seen(hulls, plan, block, run)
+
+        @pl.when(jnp.logical_not(seen))
+        def _():
+            for ref in (dq, dk, dv) if alone else (dq,):
+                ref[...] = jnp.zeros_like(ref)
+    else:
+
+        @pl.when(block == 0)
+        def _():
+            dqueries[...] = jnp.zeros_like(dqueries)
+
+        _where_seen(hulls, plan, block, run)
+
+        @pl.when(block == plan.blocks - 1)
+        def _():
+            dq[0] = (dqueries[...] * scale).astype(dq.dtype).T
+
+    @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1) & (not alone))
     def _():
-        dq[0] = (dqueries[...] * scale).T.astype(dq.dtype)
-
-    @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1))
-    def _():
-        dk[0] = (dkeys[: plan.num_keys] * scale).astype(dk.dtype)
-        dv[0] = dvalues[: plan.num_keys].astype(dv.dtype)
+        dk[...] = (dkeys[:, : plan.num_keys] * scale).astype(dk.dtype)
+        dv[...] = dvalues[:, : plan.num_keys].astype(dv.dtype)
 
 
 def _by_head(x: Float[Array, "B L H C"], kv_heads: int) -> Float[Array, "B*K L*H/K C"]:
@@ -256,47 +314,24 @@ def _by_token(x: Float[Array, "B*K L*H/K C"], shape: tuple[int, ...], kv_heads: 
     return jnp.moveaxis(x, 1, 2).reshape(shape)
 
 
-def _intervals(key_start, key_end, plan: _Plan) -> Int[Array, "B 2 rows"]:
-    """The keys that each row sees, cut to those that exist; rows past the end see none."""
-    bounds = jnp.stack([jnp.maximum(key_start, 0), jnp.minimum(key_end, plan.num_keys)], axis=1)
-    rows = jnp.repeat(bounds, plan.packed // key_start.shape[1], axis=2)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.padded - plan.packed)))
-
-
-def _hulls(ranges: Int[Array, "B 2 rows"], plan: _Plan) -> Int[Array, "4 B*tiles"]:
-    """Of each tile the first block and the last (exclusive), and between which keys rows that see any see all."""
-    start, end = jnp.moveaxis(ranges.reshape(ranges.shape[0], 2, plan.tiles, plan.rows), 1, 0)
-    sees = start < end
-    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), -1), plan.keys)
-    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), -1) // plan.keys, last)
-    whole_from = jnp.max(jnp.where(sees, start, 0), -1)
-    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), -1)
-    return jnp.stack([bound.reshape(-1) for bound in (first, last, whole_from, whole_to)])
-
-
-def _specs(plan: _Plan, c: int) -> tuple[pl.BlockSpec, ...]:
+def _specs(plan: Plan, c: int) -> tuple[pl.BlockSpec, ...]:
     """Blocks of ranges, of rows, of keys (one that is repeated is not loaded again), of what each row has one of."""
 
-    def key_block(head, tile, block, hulls):
-        at = plan.tile(head, tile)
-        return head, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
+    def key_block(program, tile, block, hulls):
+        at = plan.tile(program, tile)
+        return program, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
 
     return (
-        pl.BlockSpec((1, 2, plan.rows), lambda head, tile, *_: (lax.div(head, jnp.int32(plan.kv_heads)), 0, tile)),
-        pl.BlockSpec((1, plan.rows, c), lambda head, tile, *_: (head, tile, 0)),
-        pl.BlockSpec((1, plan.keys, c), key_block),
-        pl.BlockSpec((1, 1, plan.rows), lambda head, tile, *_: (head, 0, tile)),
+        pl.BlockSpec((plan.examples, 2, plan.rows), lambda program, tile, *_: (plan.example(program), 0, tile)),
+        pl.BlockSpec((plan.heads, plan.rows, c), lambda program, tile, *_: (program, tile, 0)),
+        pl.BlockSpec((plan.heads, plan.keys, c), key_block),
+        pl.BlockSpec((plan.heads, 1, plan.rows), lambda program, tile, *_: (program, 0, tile)),
     )
 
 
 def _cost(q, k, products: int, passes: int) -> tuple[int, int, int]:
     pairs = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
     return 2 * products * pairs * q.shape[3], passes * (q.size + k.size) * q.dtype.itemsize, pairs
-
-
-def tuning(device: _dispatch.Device) -> TuningConfig:
-    """The tiles for a TPU; the interpreter takes those of the newest."""
-    return TUNING[generation(device) or "v6e"]
 
 
 def forward(
@@ -312,15 +347,15 @@ def forward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
     """The attended values, and the logsumexp of each row's logits."""
     b, t, n, c = q.shape
-    chosen = config or tuning(device)
+    chosen = config or tpu_tiles.tuning(device)
     few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
-    plan = _plan(q, k, chosen.few_rows if few else chosen.forward)
-    ranges = _intervals(key_start, key_end, plan)
+    plan = tpu_tiles.plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
+    ranges = tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     heads = b * plan.kv_heads
     out, lse = launch(
         partial(_forward, scale=scale, plan=plan),
-        [_hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
+        [tpu_tiles.hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
         [
             jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
             jax.ShapeDtypeStruct((heads, 1, plan.padded), jnp.float32),
@@ -329,10 +364,14 @@ def forward(
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(heads, plan.tiles, plan.blocks),
+            grid=(heads // plan.heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys],
             out_specs=[of_rows, of_lse],
-            scratch_shapes=[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c)],
+            scratch_shapes=[
+                *[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c if plan.blocks > 1 else 1)],
+                *[pltpu.VMEM((plan.keys, plan.parts[0].size), kind) for kind in (jnp.float32, v.dtype)],
+                pltpu.VMEM((plan.heads, c, plan.keys), v.dtype),
+            ],
         ),
         parallel=(True, True, False),
         cost=_cost(q, k, products=2, passes=2),
@@ -358,19 +397,21 @@ def backward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """Gradients of q, k and v."""
     b, c = q.shape[0], q.shape[3]
-    plan = _plan(q, k, (config or tuning(device)).backward)
-    ranges = _intervals(key_start, key_end, plan)
+    chosen = config or tpu_tiles.tuning(device)
+    plan = tpu_tiles.plan(q, k, chosen.backward, chosen)
+    ranges = tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
-    of_whole = pl.BlockSpec((1, plan.num_keys, c), lambda head, *_: (head, 0, 0))
+    of_whole = pl.BlockSpec((plan.heads, plan.num_keys, c), lambda program, *_: (program, 0, 0))
     by_head = partial(_by_head, kv_heads=plan.kv_heads)
     padding = (0, 0), (0, 0), (0, plan.padded - plan.packed)
     lse = jnp.pad(by_head(lse[..., None])[:, None, :, 0], padding, constant_values=NO_KEYS)
     heads = b * plan.kv_heads
-    sums = [(1, plan.rows), (c, plan.rows), *2 * [(plan.blocks * plan.keys, c)]]
+    sums = [(c if plan.blocks > 1 else 1, plan.rows), *2 * [(plan.heads, plan.blocks * plan.keys, c)]]
+    halves = [*2 * [(plan.keys, plan.parts[0].size)], (plan.heads, c, plan.keys)]
     dq, dk, dv = launch(
         partial(_backward, scale=scale, plan=plan),
         [
-            _hulls(ranges, plan),
+            tpu_tiles.hulls(ranges, plan),
             ranges,
             *map(by_head, (q, k, v, out)),
             lse,
@@ -384,10 +425,13 @@ def backward(
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(heads, plan.tiles, plan.blocks),
+            grid=(heads // plan.heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys, of_rows, of_lse, of_rows],
             out_specs=[of_rows, of_whole, of_whole],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+            scratch_shapes=[
+                *[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+                *[pltpu.VMEM(shape, q.dtype) for shape in halves],
+            ],
         ),
         parallel=(True, False, False),
         cost=_cost(q, k, products=5, passes=4),
