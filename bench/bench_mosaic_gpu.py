@@ -2,7 +2,7 @@
 
     pytest bench/bench_mosaic_gpu.py --benchmark-only --results=tiles.jsonl
 
-What promises most is derived (`bench.hopper_model`) and stands in the newest record of
+What promises most is derived (`bench.hopper.model`) and stands in the newest record of
 `python -m bench.mosaic_gpu_resources`. Timed as in `bench_kernels.py`: results are checked first, and the ways of one
 kernel run in turn. dq and dkv are timed within the whole backward pass, the other kernel as it ships.
 """
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import bench_kernels, hopper_report, timing
-from bench.hopper_figures import Figures, in_words
-from bench.hopper_programs import NAMED
+from bench import bench_kernels, timing
+from bench.hopper import report
+from bench.hopper.figures import Figures, in_words
+from bench.hopper.programs import NAMED
 from bench.peers import Contender
 from pi0fast_kernels import _dispatch, _mosaic_gpu
 from pi0fast_kernels.prefix_lm_attention import mosaic_gpu, mosaic_gpu_backward, mosaic_gpu_dkv, mosaic_gpu_dq
@@ -40,7 +41,7 @@ def promising(record: Path | None = None) -> dict[tuple[str, str], list[dict[str
     records = [record] if record else sorted(PROFILES.glob(RECORD))[-1:]
     entries = [entry for path in records for entry in json.loads(path.read_text())["kernels"]]
     found: dict[tuple[str, str], list[Figures]] = {}
-    for each in hopper_report.ranked([Figures(**entry) for entry in entries]):
+    for each in report.ranked([Figures(**entry) for entry in entries]):
         if not each.complaints:
             found.setdefault((each.kernel, each.case), []).append(each)
     tiles = {}

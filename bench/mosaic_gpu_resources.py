@@ -5,7 +5,7 @@
     python -m bench.mosaic_gpu_resources --out=profiles/<folder>       writes them there, with the raw figures
 
 Compiles for an H100 that is not there: JAX's own compiler, the assembler's report and the machine code. Registers,
-spills and instructions are the compiler's figures. Cycles and times are derived from them by `bench.hopper_model`.
+spills and instructions are the compiler's figures. Cycles and times are derived from them by `bench.hopper.model`.
 None was measured.
 """
 
@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compiler_figures, hopper_figures, hopper_report
-from bench.hopper_figures import Collected, Figures, Refusal
+from bench import compiler_figures
+from bench.hopper import figures, report
+from bench.hopper.figures import Collected, Figures, Refusal
 
 ROOT = Path(__file__).parent.parent
 GROUPS = ("shipped", "grid", "peers")
@@ -72,38 +73,38 @@ def _collect_here(groups: Sequence[str], case: str) -> Iterator[Figures | Refusa
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from bench import hopper_programs
+    from bench.hopper import programs
     from pi0fast import mesh, targets
 
     dumped = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     at = NamedSharding(mesh.make("fsdp:1", targets.devices("h100:1")), PartitionSpec())
-    with hopper_programs.pretended():
-        for program in (program for group in groups for program in hopper_programs.GROUPS[group]()):
+    with programs.pretended():
+        for program in (program for group in groups for program in programs.GROUPS[group]()):
             if case not in ("", program.case.name):
                 continue
             before = set(dumped.glob("*.ptxas"))
             arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), program.arguments)
             try:
-                with jax.sharding.use_abstract_mesh(hopper_programs.MESH):
+                with jax.sharding.use_abstract_mesh(programs.MESH):
                     lowered = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("cuda",))
                 lowered.compile()
             except Exception as problem:  # of any kind: a peer's, Mosaic's or XLA's
                 yield _refusal(program, problem)
                 continue
             reports = sorted(set(dumped.glob("*.ptxas")) - before, key=_number)
-            for report, kernel, tile, work in program.found(reports):
-                yield hopper_figures.read(report, program, kernel, tile, work)
+            for path, kernel, tile, work in program.found(reports):
+                yield figures.read(path, program, kernel, tile, work)
 
 
 def _refusal(program: Any, problem: Exception) -> Refusal:
-    tiles = [f"{kernel}: {hopper_figures.in_words(tile)}" for kernel, tile, _ in filter(None, program.kernels)]
+    tiles = [f"{kernel}: {figures.in_words(tile)}" for kernel, tile, _ in filter(None, program.kernels)]
     reason = f"{type(problem).__name__}: {problem}".partition("\n")[0]
     return Refusal(program.contender, program.case.name, tiles, program.shipped, reason)
 
 
-def _number(report: Path) -> int:
+def _number(path: Path) -> int:
     """Kernels are numbered as they are compiled."""
-    return int(report.stem.rpartition("_")[2])
+    return int(path.stem.rpartition("_")[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     found = collect(chosen.only, chosen.case)
     source = compiler_figures.versions("jax", "jaxlib", "nvidia-cuda-nvcc", "triton", "tokamax")
-    readme = hopper_report.report(found, source, chosen.learned.read_text() if chosen.learned else "")
+    readme = report.report(found, source, chosen.learned.read_text() if chosen.learned else "")
     if chosen.out is None:
         print(readme)
     else:

@@ -10,8 +10,8 @@ import pytest
 
 from bench import bench_mosaic_gpu, sanitizer
 from bench.bench_mosaic_gpu import attention, contender, passes, promising
-from bench.hopper_figures import INSTRUCTIONS
-from bench.hopper_programs import NAMED
+from bench.hopper.figures import INSTRUCTIONS
+from bench.hopper.programs import NAMED
 from pi0fast_kernels.prefix_lm_attention import reference
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench import compiler_figures
-from bench.hopper_figures import Collected, Figures, in_words
+from bench.hopper.figures import Collected, Figures, in_words
 
 
 def table(figures: Sequence[Figures]) -> str:
@@ -86,7 +86,7 @@ def report(found: Collected, source: Mapping[str, str], learned: str) -> str:
     by = f"`python -m bench.mosaic_gpu_resources` ({compiler_figures.told(source)})"
     made = (
         f"Made by {by}. **No GPU was there: nothing here was measured.** Registers, spills, shared memory and "
-        "instructions are the compiler's figures; cycles and times are derived from them by `bench/hopper_model.py`, "
+        "instructions are the compiler's figures; cycles and times are derived from them by `bench/hopper/model.py`, "
         "where each constant has its source."
     )
     return f"""# What the compiler makes of the attention kernels for Hopper

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from bench import peers
-from bench.hopper_model import Work
+from bench.hopper.model import Work
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels.prefix_lm_attention import (
     mosaic_gpu,

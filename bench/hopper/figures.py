@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import hopper_model, sass
+from bench.hopper import model, sass
 from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
 
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "MUFU.EX2", "LDS", "STS", "LDL", "STL", "BAR", "WARPGROUP.DEPBAR")
@@ -21,7 +21,7 @@ class Figures:
     spilled: bytes of the stack, in local memory. shared: bytes. notes: of the assembler on wgmma (C75xx). instructions:
     in the whole kernel. loops: the innermost ones with wgmma.
 
-    As derived: cycles of a block, and seconds of the case, by `hopper_model`; None where no loop has a matrix product.
+    As derived: cycles of a block, and seconds of the case, by `model`; None where no loop has a matrix product.
     """
 
     contender: str
@@ -81,16 +81,16 @@ class Collected:
         return [each for each in self.figures if each.shipped and each.contender == "pi0fast"]
 
 
-def read(report: Path, program: Any, kernel: str, tile: dict[str, int], work: hopper_model.Work) -> Figures:
+def read(report: Path, program: Any, kernel: str, tile: dict[str, int], work: model.Work) -> Figures:
     """From what Mosaic GPU writes about a kernel."""
     said, resources = report.read_text(), report.with_suffix(".resources.txt").read_text()
     code = sass.Code(report.with_suffix(".sass_ctrl").read_text())
     loops = list(code.loops())
     cycles = seconds = None
     if loops:
-        plain, masked = hopper_model.cycles(work, loops), hopper_model.cycles(work, loops, masked=True)
+        plain, masked = model.cycles(work, loops), model.cycles(work, loops, masked=True)
         cycles = dataclasses.asdict(plain) | {"bound": plain.bound, "masked": masked.bound}
-        seconds = dataclasses.asdict(hopper_model.estimate(program.case, work, loops))
+        seconds = dataclasses.asdict(model.estimate(program.case, work, loops))
     return Figures(
         contender=program.contender,
         kernel=kernel,

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import hopper_figures, hopper_report, mosaic_gpu_resources
-from bench.hopper_model import Work
-from bench.sass import Code
+from bench import mosaic_gpu_resources
+from bench.hopper import figures as hopper_figures
+from bench.hopper import report as hopper_report
+from bench.hopper.model import Work
+from bench.hopper.sass import Code
 from pi0fast_kernels.prefix_lm_attention.cases import CASES
 
 # The loop of a dq kernel at head dimension 64, and behind it the retries of two of its waits, as nvdisasm printed them;
 # what ptxas said of that kernel and of a peer's, and what Mosaic GPU keeps for it in shared memory.
-SAMPLES = Path(__file__).parent / "hopper_samples"
+SAMPLES = Path(__file__).parent / "samples"
 WORK = Work(3, rows=128, keys=64, head_dim=64, heads_apart=True)
 
 

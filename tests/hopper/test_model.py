@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from bench import hopper_model as model
-from bench.hopper_model import Work
-from bench.sass import Instruction, Loop, Path
+from bench.hopper import model
+from bench.hopper.model import Work
+from bench.hopper.sass import Instruction, Loop, Path
 from pi0fast_kernels.prefix_lm_attention.cases import CASES, Case
 
 PREFIX = Case("prefix", 1, 100, 100, 2, 1, 64, "prefix", (50, 50))
