@@ -7,8 +7,9 @@ TPU issues one bundle of operations a cycle. Which bundles run, the scalar unit 
 executed, on the real prefetched scalars, and the vector operations are only counted. So loops, predicated regions and
 skipped blocks need no guessing, and any kernel whose control flow does not depend on vector data can be run.
 
-Left out: waits for copies, which the caller compares with the bytes copied, and any stall of the matrix units that the
-compiler did not schedule.
+A matrix unit takes longer for a product than the compiler leaves between two of them (on v5e and v5p; a plain product
+of large matrices would run at 1.2 times the peak): no stretch of code between two taken branches is shorter than its
+busiest matrix unit is. Waits for copies are left out; the caller compares with the bytes copied.
 """
 
 import re
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DELAY = 4  # bundles after a branch that run whether it is taken or not
+MATRIX_UNITS = 4  # at most
 GRANULE = 32  # bytes in which the sizes of copies are given
 MOST_BUNDLES = 2 * 10**9  # more are taken for a loop that does not end
 
@@ -29,9 +31,9 @@ UNITS = {
     "spill loads": r"= vld(\.\w+)* \[vmem:\[#allocation\d+_spill",
     "stores": r"vst(\.\w+)* ",
     "loads": r"= vld(\.\w+)* ",
-    "matmul": r"vmat(mul|res)|vmatprep|vdwg|vlatch",
-    "weights": r"vmatpush",
-    "matmul results": r"= vpop\.(f32|s32)\.mr|= vpop\.mr|vpop\.trf\.mr",
+    "matmul": r"vmatmul",
+    "weights": r"vmatpush|vmatprep",
+    "matmul results": r"= vpop\.\w+\.mr",
     "transcendental": r"= v(pow2|rcp|rsqrt|log2|tanh|erf|sin|cos)",
     "transcendental results": r"= vpop\.eup",
     "cross-lane": r"v(xpose|rot|perm|bcast|add\.xlane|max\.xlane|min\.xlane)|= vpop\.(trf|xlane|permute|bcast|xlu)",
@@ -40,10 +42,11 @@ UNITS = {
 
 
 class Run(NamedTuple):
-    """cycles: bundles issued by the slower core. bytes: copied between HBM and the chip, by all cores. units: vector
-    operations issued by all cores, by unit."""
+    """cycles: of the slower core. stalls: those of them beyond one for each bundle. bytes: copied between HBM and the
+    chip, by all cores. units: vector operations issued by all cores, by unit."""
 
     cycles: int
+    stalls: int
     bytes: int
     units: dict[str, int]
 
@@ -82,7 +85,11 @@ class _Core:
 
 
 class Kernel:
-    """One kernel's final bundles. bundles: their number. spills: stores of registers that did not fit, in the code."""
+    """One kernel's final bundles.
+
+    bundles: their number. spills: stores of registers that did not fit, in the code. megacore: the work is divided
+    between two cores.
+    """
 
     def __init__(self, text: str):
         lines = re.findall(
@@ -93,6 +100,7 @@ class Kernel:
         self._starts: dict[str, int] = {}
         self._operations: list[list[_Operation]] = []
         self._units: list[Counter[str]] = []
+        products = np.zeros((len(lines) + 1, MATRIX_UNITS), np.int64)
         for at, body in enumerate(lines):
             for region in re.findall(r"Start(?:/End empty)? region (\d+)", body):
                 self._starts.setdefault(region, at)
@@ -101,49 +109,59 @@ class Kernel:
             found = [x for part in parts if part and (x := _operation(part))]
             self._operations.append(sorted(found, key=lambda x: x.name != "sphi"))
             self._units.append(Counter(filter(None, map(_unit, parts))))
+            for unit in re.findall(r"vmatmul\S*mxu(\d)", inside):
+                products[at + 1, int(unit)] += 1
+        self._products = np.cumsum(products, axis=0)
         self.bundles = len(lines)
+        self.megacore = "megacore core id" in text
         self.spills = sum(units["spill stores"] for units in self._units)
         self._next = [self.bundles] * (self.bundles + 1)
         for at in reversed(range(self.bundles)):
             self._next[at] = at if self._operations[at] else self._next[at + 1]
 
-    def run(self, scalars: Sequence[np.ndarray] = (), cores: int = 1) -> Run:
-        """scalars: the operands that are copied to scalar memory, in the words of `words`.
+    def run(self, scalars: Sequence[np.ndarray] = (), matmul_cycles: int = 0) -> Run:
+        """scalars: the operands that are copied to scalar memory, as `words`. matmul_cycles: how long a matrix unit
+        takes for one operation.
 
         Raises:
             ValueError: an operation that is not known here, control flow that depends on what is not known, or a loop
                 without end.
         """
-        cycles, copied, visits = 0, 0, np.zeros(self.bundles + 1, np.int64)
-        for number in range(cores):
+        cycles, stalls, copied, visits = 0, 0, 0, np.zeros(self.bundles + 1, np.int64)
+        for number in range(2 if self.megacore else 1):
             core = _Core(memory={("#allocation0", 0): number})
-            issued = self._run(core, scalars, visits)
-            cycles, copied = max(cycles, issued), copied + core.copied
+            issued, waited = self._run(core, scalars, matmul_cycles, visits)
+            cycles, stalls = max((cycles, stalls), (issued + waited, waited))
+            copied += core.copied
         units: Counter[str] = Counter()
         for times, counted in zip(np.cumsum(visits), self._units, strict=False):
             units.update({unit: int(times) * count for unit, count in counted.items()})
-        return Run(cycles, copied, dict(units))
+        return Run(cycles, stalls, copied, dict(units))
 
-    def _run(self, core: _Core, scalars: Sequence[np.ndarray], visits: np.ndarray) -> int:
-        """Returns the bundles issued; adds to the differences of how often each was from that of the one before."""
-        at = begin = issued = 0
-        while (at := self._next[at]) < self.bundles:
-            target = self._execute(core, at, scalars)
-            at += 1
-            if target is None:
-                continue
-            for slot in range(at, at + DELAY):
-                if self._execute(core, slot, scalars) is not None:
-                    raise ValueError(f"bundle {slot:#x} branches right after another branch")
-            issued += at + DELAY - begin
+    def _run(
+        self, core: _Core, scalars: Sequence[np.ndarray], matmul_cycles: int, visits: np.ndarray
+    ) -> tuple[int, int]:
+        """Bundles issued, and cycles waited. visits: how much more often each bundle ran than the one before."""
+        at = begin = issued = waited = 0
+        while begin < self.bundles:
+            target, end = None, self.bundles
+            while target is None and (at := self._next[at]) < self.bundles:
+                target = self._execute(core, at, scalars)
+                at += 1
+            if target is not None:
+                end = at + DELAY
+                for slot in range(at, end):
+                    if self._execute(core, slot, scalars) is not None:
+                        raise ValueError(f"bundle {slot:#x} branches right after another branch")
             visits[begin] += 1
-            visits[at + DELAY] -= 1
-            at = begin = target
+            visits[end] -= 1
+            issued += end - begin
+            busy = matmul_cycles * int((self._products[end] - self._products[begin]).max())
+            waited += max(0, busy - (end - begin))
             if issued > MOST_BUNDLES:
-                raise ValueError(f"the loop at bundle {at:#x} does not end")
-        visits[begin] += 1
-        visits[self.bundles] -= 1
-        return issued + self.bundles - begin
+                raise ValueError(f"the loop at bundle {begin:#x} does not end")
+            at = begin = self.bundles if target is None else target
+        return issued, waited
 
     def _execute(self, core: _Core, at: int, scalars: Sequence[np.ndarray]) -> int | None:
         """Where the bundle branches to."""
