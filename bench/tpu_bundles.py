@@ -193,7 +193,9 @@ class Kernel:
                 continue
             else:
                 result = _compute(x, [value(argument) for argument in x.arguments])
-                if x.predicate and not runs:
+                if not runs:
+                    if runs is not None and x.old is None:
+                        continue
                     result = None if runs is None else value(x.old)
             core.values[x.result] = core.registers[_register(x.result)] = result
         return target
@@ -304,7 +306,8 @@ def _argument(text: str) -> Any:
     """A name, a number, or an allocation by its name."""
     if re.fullmatch(r"-?\d+|0x[0-9a-f]+", text):
         return _signed(int(text, 0))
-    return text if text.startswith("%") else "#" + text.strip("[]#").split(" ")[0]
+    name = text.split(" ")[0]
+    return name if name.startswith("%") else "#" + name.strip("[]#")
 
 
 def _register(result: str) -> str:

@@ -1,0 +1,54 @@
+"""The scalars that a traced program hands to its Pallas kernels, computed from what is known of its arguments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+CALLS = ("jit", "closed_call", "custom_vjp_call", "custom_jvp_call", "custom_vmap_call", "checkpoint", "remat2")
+LARGEST = 2**20  # elements; of larger arrays nothing is computed
+
+
+def scalars(program: ClosedJaxpr, arguments: Sequence[Any]) -> tuple[list[Any], dict[str, list[np.ndarray]]]:
+    """What the program returns, None where that is not known, and the scalars of each kernel that has any, by its name.
+
+    arguments: one for each leaf, None for what is not known.
+
+    Raises:
+        ValueError: a kernel's scalars depend on what is not known, or two kernels have one name.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    return _run(program.jaxpr, program.consts, arguments, found), found
+
+
+def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], found: dict[str, Any]) -> list[Any]:
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values.get(atom)
+
+    for equation in jaxpr.eqns:
+        given = [value(atom) for atom in equation.invars]
+        results: Sequence[Any] = [None] * len(equation.outvars)
+        params, name = equation.params, equation.primitive.name
+        if name == "pallas_call":
+            kernel = params["name"] if "name" in params else params["name_and_src_info"].name
+            prefetched = given[: params["grid_mapping"].num_index_operands]
+            if not prefetched:
+                continue
+            if any(x is None for x in prefetched):
+                raise ValueError(f"the scalars of {kernel} depend on arrays that are not known")
+            if kernel in found:
+                raise ValueError(f"two kernels are called {kernel}")
+            found[kernel] = [np.asarray(x) for x in prefetched]
+        elif name in CALLS:
+            inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr") if key in params)
+            closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+            results = _run(closed.jaxpr, closed.consts, given, found)
+        elif all(x is not None for x in given) and all(x.aval.size <= LARGEST for x in equation.outvars):
+            made = equation.primitive.bind(*given, **equation.primitive.get_bind_params(params))
+            results = made if equation.primitive.multiple_results else [made]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
