@@ -81,7 +81,7 @@ class _Core:
     copied: int = 0
 
     def value(self, argument: Any) -> Any:
-        return self.values[argument] if isinstance(argument, str) and argument[0] == "%" else argument
+        return self.values.get(argument) if isinstance(argument, str) and argument[0] == "%" else argument
 
 
 class Kernel:
@@ -257,6 +257,13 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "scmp.gt.s32.totalorder": lambda a, b: a > b,
     "scmp.ge.s32.totalorder": lambda a, b: a >= b,
     "scmp.lt.u32.totalorder": lambda a, b: _unsigned(a) < _unsigned(b),
+    "scmp.le.u32.totalorder": lambda a, b: _unsigned(a) <= _unsigned(b),
+    "scmp.gt.u32.totalorder": lambda a, b: _unsigned(a) > _unsigned(b),
+    "scmp.ge.u32.totalorder": lambda a, b: _unsigned(a) >= _unsigned(b),
+    "smin.u32": lambda a, b: min(a, b, key=_unsigned),
+    "smax.u32": lambda a, b: max(a, b, key=_unsigned),
+    "smin.s32": min,
+    "smax.s32": max,
     "pneg": lambda p: not p,
     "por": lambda p, q: p or q,
     "pand": lambda p, q: p and q,
