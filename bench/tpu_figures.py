@@ -109,9 +109,14 @@ class Figures:
 
 def read(entry: dict[str, Any]) -> Figures:
     """From JSON."""
-    *names, blocks = entry["job"]
-    job = Job(*names, tuple(blocks) if blocks else None)
-    return Figures(**{**entry, "job": job, "kernels": tuple(KernelFigures(**x) for x in entry["kernels"])})
+    kernels = tuple(KernelFigures(**x) for x in entry["kernels"])
+    return Figures(**{**entry, "job": job(entry["job"]), "kernels": kernels})
+
+
+def job(names: list[Any]) -> Job:
+    """From JSON."""
+    *others, blocks = names
+    return Job(*others, tuple(blocks) if blocks else None)
 
 
 def figures(job: Job, dumped: Path) -> Figures:

@@ -1,12 +1,12 @@
-"""What the TPU compiler makes of our kernels and of JAX's: cycles, copies, VMEM, beside each other.
+"""What the TPU compiler makes of our kernels, beside JAX's own and XLA: cycles, copies, VMEM.
 
-    python -m bench.tpu_resources --out=profiles/<folder>              all that is not there yet
-    python -m bench.tpu_resources --out=… --again=ours --only=v6e      ours once more, for one generation
-    python -m bench.tpu_resources --out=… --tables                     the tables, from what is there
+    python -m bench.tpu_resources --out=profiles/<folder>                      what is not there yet
+    python -m bench.tpu_resources --out=… --again --contender=mosaic_tpu       ours once more
+    python -m bench.tpu_resources --out=… --tables                             README.md from what is there
 
-Compiles for single chips that are not there, one generation in one process, and runs the control flow of each kernel's
-code (`bench.tpu_bundles`). A kernel takes the longer of its cycles and its copies at the bandwidth; what XLA does
-around it (padding, transposes, copies of scalars) is estimated as in `pi0fast.estimate`. Nothing here is a measurement.
+Compiles for single chips that are not there, and runs the control flow of each kernel's code: `bench.tpu_figures` says
+how. Figures of a compiler and what is derived from them; nothing is measured. A job takes seconds, XLA's attention
+minutes.
 """
 
 import argparse
@@ -17,200 +17,102 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from bench import tpu_bundles
+from bench import provenance, tpu_figures
+from bench.tpu_figures import OURS, PEERS, TARGETS, Figures, Job
+from bench.tpu_peers import blocks
+from pi0fast_kernels.ada_rms_norm import cases as norms
+from pi0fast_kernels.prefix_lm_attention import cases as attentions
 
 ROOT = Path(__file__).parent.parent
-RESULTS = "results.jsonl"
+RAW = "figures.jsonl"
 FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-
-
-class Target(NamedTuple):
-    """One chip. kind: as JAX calls it. cores: that share a kernel's work. units, lanes: matrix units of a core, and
-    the rows and columns of each."""
-
-    name: str
-    topology: str
-    kind: str
-    cores: int
-    units: int
-    lanes: int
-
-
-# https://docs.cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
-TARGETS = (
-    Target("v5e", "v5e:1x1", "TPU v5 lite", 1, 4, 128),
-    Target("v5p", "v5p:1x1x1", "TPU v5", 2, 4, 128),
-    Target("v6e", "v6e:1x1", "TPU v6 lite", 1, 2, 256),
-)
-MATMUL_ROWS = 16  # of one operation of a matrix unit, in bfloat16
-
-OURS = "mosaic_tpu"
-# Peers are compiled for these cases, with each of these rows and keys of a block; the others are alike.
+# What peers are compiled for, and rows and keys of a peer's blocks, of which the fastest kernel counts. JAX's
+# defaults, 128 of each, are never the fastest.
 COMPARED = ("pi0_prefix", "pi0_suffix", "siglip", "causal")
-PEERS = ("flash", "splash")
-XLA = ("reference", "xla")
-BLOCKS = ((256, 512), (512, 512), (256, 1024), (512, 1024), (1024, 1024))
+BLOCKS = ((512, 512), (512, 1024), (1024, 1024))
+XLA, COMPARED_WITH_XLA = "reference", ("pi0_prefix", "pi0_suffix")
 
 
-class Job(NamedTuple):
-    """One direction of one case by one contender. blocks: of a peer, rows and keys."""
-
-    target: str
-    op: str
-    case: str
-    backward: bool
-    contender: str
-    blocks: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class KernelFigures:
-    """seconds: the longer of cycles and copies. vmem: bytes. bundles, spills: in the code; the rest as in
-    `tpu_bundles.Run`."""
-
-    name: str
-    seconds: float
-    cycles: int
-    stalls: int
-    bytes: int
-    vmem: int
-    bundles: int
-    spills: int
-    units: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """around_s: of XLA's instructions around the kernels. bytes: from and to HBM in all.
-
-    bound_s, traffic_s: the case's operations at the peak, its least traffic at the bandwidth. flops: those operations.
-    error: why there is nothing else.
-    """
-
-    job: Job
-    commit: str
-    flops: int
-    bound_s: float
-    traffic_s: float
-    kernels: tuple[KernelFigures, ...] = ()
-    around_s: float = 0.0
-    bytes: float = 0.0
-    bandwidth: float = 0.0
-    error: str | None = None
-
-    @property
-    def kernel_s(self) -> float:
-        return sum(kernel.seconds for kernel in self.kernels)
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole op."""
-        return max(self.kernel_s + self.around_s, self.bytes / self.bandwidth)
-
-    @property
-    def floor_s(self) -> float:
-        return max(self.bound_s, self.traffic_s)
-
-
-def jobs(target: str) -> Iterator[Job]:
-    """All of a generation, ours first."""
-    from pi0fast_kernels.ada_rms_norm import cases as norms
-    from pi0fast_kernels.prefix_lm_attention import cases as attentions
-
-    both = (False, True)
-    for case, backward in itertools.product(attentions.CASES, both):
-        yield Job(target, "prefix_lm_attention", case.name, backward, OURS)
-    for case, backward in itertools.product(norms.CASES, both):
-        yield Job(target, "ada_rms_norm", case.name, backward, OURS)
-    for name, backward, contender in itertools.product(COMPARED, both, XLA):
-        yield Job(target, "prefix_lm_attention", name, backward, contender)
-    for case, backward in itertools.product(norms.CASES, both):
-        yield Job(target, "ada_rms_norm", case.name, backward, "reference")
-    for name, backward, contender in itertools.product(COMPARED, both, PEERS):
-        (case,) = [case for case in attentions.CASES if case.name == name]
-        from bench.tpu_peers import blocks
-
+def jobs() -> Iterator[Job]:
+    """Ours, then peers, then XLA's, which take the longest to compile."""
+    both = False, True
+    for target, backward in itertools.product(TARGETS, both):
+        yield from (Job(target, "prefix_lm_attention", case.name, backward, OURS) for case in attentions.CASES)
+        yield from (Job(target, "ada_rms_norm", case.name, backward, OURS) for case in norms.CASES)
+    compared = [case for case in attentions.CASES if case.name in COMPARED]
+    for case, target, backward, peer in itertools.product(compared, TARGETS, both, PEERS):
         for sizes in dict.fromkeys(blocks(case, *sizes) for sizes in BLOCKS):
-            yield Job(target, "prefix_lm_attention", name, backward, contender, tuple(sizes))
+            yield Job(target, "prefix_lm_attention", case.name, backward, peer, tuple(sizes))
+    for case, target, backward in itertools.product(norms.CASES, TARGETS, both):
+        yield Job(target, "ada_rms_norm", case.name, backward, XLA)
+    for name, target, backward in itertools.product(COMPARED_WITH_XLA, TARGETS, both):
+        yield Job(target, "prefix_lm_attention", name, backward, XLA)
 
 
 # ── Collected in a process of its own: libtpu reads its flags when it is loaded ───────────────────────────────────────
 
 
-def collect(target: str, chosen: list[Job]) -> Iterator[dict[str, Any]]:
-    """Figures of the jobs, one after the other, as they come."""
+def collect(chosen: Iterable[Job]) -> Iterator[Figures]:
+    """One after the other, as they come."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": FLAGS.format(folder)}
-        command = [sys.executable, "-m", "bench.tpu_resources", "--collect", folder, "--only", target]
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert run.stdin is not None and run.stdout is not None
-        run.stdin.write(json.dumps(chosen))
-        run.stdin.close()
-        for line in run.stdout:
-            yield json.loads(line)
-        if run.wait():
-            raise subprocess.CalledProcessError(run.returncode, command)
+        command = [sys.executable, "-m", "bench.tpu_resources", "--collect", folder, json.dumps(list(chosen))]
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
+            assert run.stdout is not None
+            for line in run.stdout:
+                yield tpu_figures.read(json.loads(line))
+        if run.returncode:
+            raise subprocess.CalledProcessError(run.returncode, command[:4])
 
 
-def figures(job: Job, dumped: Path) -> Figures:
-    """Compiles the job's program. dumped: the folder where libtpu writes."""
-    import jax
+def _collect_here(folder: Path, chosen: list[list]) -> None:
+    for names in chosen:
+        job = tpu_figures.job(names)
+        try:
+            figures = tpu_figures.figures(job, folder)
+        except ValueError as error:  # code that cannot be run; the others still can
+            figures = Figures(job, provenance.commit(), 0.0, 0.0, error=f"{type(error).__name__}: {error}")
+        print(json.dumps(dataclasses.asdict(figures)), flush=True)
 
-    from bench import provenance
-    from pi0fast import flops, hlo, targets
-    from pi0fast.estimate import CLOCKS, estimate
 
-    (target,) = [target for target in TARGETS if target.name == job.target]
-    spec = flops.device(target.kind)
-    assert spec is not None
-    case, function, arguments = program(job)
-    cost, least = case.flops(job.backward), case.bytes(job.backward)
-    found = Figures(job, provenance.commit() or "", cost, cost / spec.flops, least / spec.bandwidth)
-    for path in dumped.iterdir():
-        path.unlink()
-    chip = jax.sharding.SingleDeviceSharding(targets.devices(target.topology)[0])
-    described = jax.sharding.AbstractDevice(device_kind=target.kind, num_cores=target.cores, platform="tpu")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments)
-    try:
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=described)):
-            traced = jax.jit(function).trace(*shapes)
-        text = str(traced.lower(lowering_platforms=("tpu",)).compile().as_text())
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return dataclasses.replace(found, error=f"{type(error).__name__}: {str(error)[:300]}")
-    compiled = hlo.Program(text)
-    scalars = _scalars(traced.jaxpr, _known(job, case, arguments))
-    clock = CLOCKS[spec.kind]
-    rate = 2 * target.lanes**2 * target.units * target.cores * clock / spec.flops
-    matmul_cycles = round(MATMUL_ROWS * rate)
-    kernels = []
-    for name, instructions in compiled.computations.items():
-        types = {x.name: x.type for x in instructions}
-        calls = [x for x in instructions if 'custom_call_target="tpu_custom_call"' in x.line]
-        for call in calls:
-            given = next((some for kernel, some in scalars.items() if call.name.startswith(kernel)), [])
-            words = [
-                tpu_bundles.words(array, types[operand])
-                for array, operand in zip(given, call.operands, strict=False)
-            ]
-            (path,) = dumped.glob(f"*-{call.name}-*[0-9]-final_bundles.txt")
-            code = tpu_bundles.Kernel(path.read_text())
-            run = code.run(words, matmul_cycles)
-            seconds = max(run.cycles / clock, run.bytes / spec.bandwidth)
-            kernels.append(KernelFigures(call.name, seconds, run.cycles, run.stalls, run.bytes, _vmem(call.line),
-                                         code.bundles, code.spills, run.units))  # fmt: skip
-        compiled.computations[name] = [x for x in instructions if x not in calls]
-    around = estimate(compiled, spec, lambda collective: 0.0)
-    return dataclasses.replace(
-        found,
-        kernels=tuple(kernels),
-        around_s=around.compute_s,
-        bytes=around.hbm_bytes + sum(kernel.bytes for kernel in kernels),
-        bandwidth=spec.bandwidth,
-    )
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Figures of the compiler for every TPU kernel, and for its peers.")
+    parser.add_argument("--out", type=Path, help="the folder of the record")
+    parser.add_argument("--again", action="store_true", help="also what is there already")
+    for name in ("target", "op", "case", "contender"):
+        parser.add_argument(f"--{name}", action="append", help=f"only this {name}; may be repeated")
+    parser.add_argument("--tables", action="store_true", help="only write README.md")
+    parser.add_argument("--collect", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.collect:
+        _collect_here(Path(arguments.collect[0]), json.loads(arguments.collect[1]))
+        return
+    raw = arguments.out / RAW
+    there = load(raw)
+    if not arguments.tables:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        chosen = [
+            job
+            for job in jobs()
+            if (arguments.again or job not in there)
+            and all(getattr(arguments, x) is None or getattr(job, x) in getattr(arguments, x) for x in Job._fields[:3])
+            and (arguments.contender is None or job.contender in arguments.contender)
+        ]
+        for figures in collect(chosen):
+            there[figures.job] = figures
+            lines = (json.dumps(dataclasses.asdict(there[job])) for job in jobs() if job in there)
+            raw.write_text("\n".join(lines) + "\n")
+            print(*figures.job, f"{figures.kernel_s * 1e6:.0f} us" if not figures.error else figures.error, flush=True)
+
+
+def load(raw: Path) -> dict[Job, Figures]:
+    """What was collected before."""
+    lines = raw.read_text().splitlines() if raw.exists() else []
+    return {figures.job: figures for figures in map(tpu_figures.read, map(json.loads, lines))}
+
+
+if __name__ == "__main__":
+    main()
