@@ -23,7 +23,6 @@ import numpy as np
 DELAY = 4  # bundles after a branch that run whether it is taken or not
 MATRIX_UNITS = 4  # at most
 GRANULE = 32  # bytes in which the sizes of copies are given
-MOST_BUNDLES = 2 * 10**9  # more are taken for a loop that does not end
 
 # Vector operations by the unit that runs them; the first that fits counts.
 UNITS = {
@@ -119,9 +118,9 @@ class Kernel:
         for at in reversed(range(self.bundles)):
             self._next[at] = at if self._operations[at] else self._next[at + 1]
 
-    def run(self, scalars: Sequence[np.ndarray] = (), matmul_cycles: int = 0) -> Run:
+    def run(self, scalars: Sequence[np.ndarray] = (), matmul_cycles: int = 0, limit: int = 10**9) -> Run:
         """scalars: the operands that are copied to scalar memory, as `words`. matmul_cycles: how long a matrix unit
-        takes for one operation.
+        takes for one operation. limit: of bundles issued; beyond it a loop is taken for one that does not end.
 
         Raises:
             ValueError: an operation that is not known here, control flow that depends on what is not known, or a loop
@@ -130,7 +129,7 @@ class Kernel:
         cycles, stalls, copied, visits = 0, 0, 0, np.zeros(self.bundles + 1, np.int64)
         for number in range(2 if self.megacore else 1):
             core = _Core(memory={("#allocation0", 0): number})
-            issued, waited = self._run(core, scalars, matmul_cycles, visits)
+            issued, waited = self._run(core, scalars, matmul_cycles, limit, visits)
             cycles, stalls = max((cycles, stalls), (issued + waited, waited))
             copied += core.copied
         units: Counter[str] = Counter()
@@ -139,7 +138,7 @@ class Kernel:
         return Run(cycles, stalls, copied, dict(units))
 
     def _run(
-        self, core: _Core, scalars: Sequence[np.ndarray], matmul_cycles: int, visits: np.ndarray
+        self, core: _Core, scalars: Sequence[np.ndarray], matmul_cycles: int, limit: int, visits: np.ndarray
     ) -> tuple[int, int]:
         """Bundles issued, and cycles waited. visits: how much more often each bundle ran than the one before."""
         at = begin = issued = waited = 0
@@ -158,7 +157,7 @@ class Kernel:
             issued += end - begin
             busy = matmul_cycles * int((self._products[end] - self._products[begin]).max())
             waited += max(0, busy - (end - begin))
-            if issued > MOST_BUNDLES:
+            if issued > limit:
                 raise ValueError(f"the loop at bundle {begin:#x} does not end")
             at = begin = self.bundles if target is None else target
         return issued, waited
@@ -304,9 +303,10 @@ def _operation(text: str) -> _Operation | None:
         arguments: list[Any] = re.findall(r"\$region(\d+)", rest)
     else:
         arguments = [_argument(part.strip()) for part in rest.split(",")]
-    old = _argument(predicate[3]) if predicate and predicate[3] else None
-    how = (predicate[2], predicate[1] == "!", old) if predicate else ()
-    return _Operation(name, result, tuple(arguments), *how)
+    if predicate is None:
+        return _Operation(name, result, tuple(arguments))
+    old = _argument(predicate[3]) if predicate[3] else None
+    return _Operation(name, result, tuple(arguments), predicate[2], predicate[1] == "!", old)
 
 
 def _argument(text: str) -> Any:

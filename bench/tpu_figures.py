@@ -56,8 +56,8 @@ class Job(NamedTuple):
     op: str
     case: str
     backward: bool
-    contender: str
-    blocks: tuple[int, int] | None = None
+    contender: Any
+    blocks: Any = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def read(entry: dict[str, Any]) -> Figures:
 
 def job(names: list[Any]) -> Job:
     """From JSON."""
-    *others, blocks = names
-    return Job(*others, tuple(blocks) if blocks else None)
+    job = Job(*names)
+    return job._replace(blocks=job.blocks and tuple(job.blocks))
 
 
 def figures(job: Job, dumped: Path) -> Figures:
@@ -153,9 +153,7 @@ def figures(job: Job, dumped: Path) -> Figures:
             code = tpu_bundles.Kernel(path.read_text())
             run = code.run(words, matmul_cycles)
             seconds = max(run.cycles / clock, run.bytes / spec.bandwidth)
-            kernels.append(
-                KernelFigures(call.name, seconds, _vmem(call.line), code.bundles, code.spills, *run)
-            )
+            kernels.append(KernelFigures(call.name, seconds, _vmem(call.line), code.bundles, code.spills, *run))
     around = estimate(program, spec, lambda collective: 0.0)
     copies = around.hbm_bytes + sum(kernel.bytes for kernel in kernels)
     found = dataclasses.replace(

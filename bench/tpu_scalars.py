@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
@@ -47,7 +46,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], found: d
             inner = next(params[key] for key in ("jaxpr", "call_jaxpr", "call", "fun_jaxpr") if key in params)
             closed = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
             results = _run(closed.jaxpr, closed.consts, given, found)
-        elif all(x is not None for x in given) and all(x.aval.size <= LARGEST for x in equation.outvars):
+        elif all(x is not None for x in given) and all(np.prod(x.aval.shape) <= LARGEST for x in equation.outvars):
             made = equation.primitive.bind(*given, **equation.primitive.get_bind_params(params))
             results = made if equation.primitive.multiple_results else [made]
         values.update(zip(equation.outvars, results, strict=True))
