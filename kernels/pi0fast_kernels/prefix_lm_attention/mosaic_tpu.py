@@ -26,6 +26,7 @@ Backend: with more than one key/value head XLA moves the heads in front of the t
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -50,29 +51,37 @@ class Tile:
     """How the work is cut up.
 
     rows: of one tile. keys: of one block. single: up to how many keys are one block whatever `keys` says.
-    part: how many rows are multiplied at once; the logits of a part are computed before the softmax of the one before
-        it, so that the compiler can overlap the two.
+    part, chunk: how many rows and how many keys are multiplied at once.
     """
 
     rows: int
     keys: int
     single: int
     part: int
+    chunk: int
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel."""
+    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel.
+
+    unit: columns of a matrix unit; the rows of a tile are a multiple of it.
+    """
 
     forward: Tile
     few_rows: Tile
     backward: Tile
+    unit: int
 
 
-# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e: parts of 256 and of all rows of a tile;
-# v5p has v5e's units and takes its tiles. Nothing here has been timed on a TPU.
-V5 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 512))
-V6 = TuningConfig(Tile(512, 512, 1024, 256), Tile(512, 256, 0, 512), Tile(512, 512, 1024, 256))
+# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e; v5p has v5e's units and takes its
+# tiles. Nothing here has been timed on a TPU.
+V5 = TuningConfig(
+    Tile(512, 512, 1024, 256, 1024), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 512, 1024), unit=128
+)
+V6 = TuningConfig(
+    Tile(3328, 512, 1024, 256, 256), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 256, 1024), unit=256
+)
 TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
@@ -87,10 +96,23 @@ class _Plan:
     num_keys: int
     kv_heads: int
     part: int
+    chunk: int
 
     @property
     def parts(self) -> list[slice]:
-        return [slice(first, min(first + self.part, self.rows)) for first in range(0, self.rows, self.part)]
+        return _cut(self.rows, self.part)
+
+    @property
+    def chunks(self) -> list[slice]:
+        return _cut(self.keys, self.chunk)
+
+    @property
+    def inner(self) -> slice:
+        """The keys of a block in which a row that sees any sees all, or the block is masked throughout: of a block
+        that has all keys, those between its first and its last chunk."""
+        if self.blocks > 1 or len(self.chunks) == 1:
+            return slice(0, self.keys)
+        return slice(self.chunks[0].stop, self.chunks[-1].start)
 
     @property
     def tiles(self) -> int:
@@ -109,13 +131,18 @@ class _Plan:
         return lax.div(head, jnp.int32(self.kv_heads)) * self.tiles + tile
 
 
-def _plan(q, k, tile: Tile) -> _Plan:
+def _cut(size: int, piece: int) -> list[slice]:
+    return [slice(first, min(first + piece, size)) for first in range(0, size, piece)]
+
+
+def _plan(q, k, tile: Tile, unit: int) -> _Plan:
     (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
     packed = t * n // kv_heads
     rows = packed
     if packed > tile.rows:  # as few rows past the end as possible
-        rows = min(range(LANES, tile.rows + 1, LANES), key=lambda size: (pl.cdiv(packed, size) * size, -size))
-    return _Plan(rows, s if s <= max(tile.single, tile.keys) else tile.keys, packed, s, kv_heads, tile.part)
+        rows = min(range(unit, tile.rows + 1, unit), key=lambda size: (pl.cdiv(packed, size) * size, -size))
+    keys = s if s <= max(tile.single, tile.keys) else tile.keys
+    return _Plan(rows, keys, packed, s, kv_heads, tile.part, tile.chunk)
 
 
 def _dot(a, b, over: tuple[int, int]):
@@ -125,23 +152,36 @@ def _dot(a, b, over: tuple[int, int]):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _logits(q, k, ranges, rows: slice, first_key, masked: bool, scale: float) -> Float[Array, "keys rows"]:
-    """In base 2."""
-    logits = _dot(k[0], q[0, rows], (1, 1)) * (scale * LOG2_E)
-    if not masked:
-        return logits
-    key = first_key + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-    return jnp.where((ranges[0, 0:1, rows] <= key) & (key < ranges[0, 1:2, rows]), logits, MASKED)
+def _logits(q, k, ranges, rows: slice, keys: slice, block, masked: bool, scale: float, plan: _Plan):
+    """Of a chunk of a block's keys, in base 2. [keys, rows]."""
+    logits = _dot(k[0, keys], q[0, rows], (1, 1)) * (scale * LOG2_E)
+    key = block * plan.keys + keys.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    if masked or keys.start < plan.inner.start:
+        logits = jnp.where(ranges[0, 0:1, rows] <= key, logits, MASKED)
+    if masked or keys.stop > plan.inner.stop:
+        logits = jnp.where(key < ranges[0, 1:2, rows], logits, MASKED)
+    return logits
 
 
-def _one_ahead(parts: list[slice], compute: Callable[[slice], jax.Array]) -> Iterator[tuple[slice, jax.Array]]:
-    """Each part and what is computed of it; the next part's is computed before a part is handed out."""
+def _one_ahead(parts, compute):
     ahead = compute(parts[0])
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         computed = ahead
         if following is not None:
             ahead = compute(following)
         yield part, computed
+
+
+def _staggered(parts: list[slice], *stages: Callable[[slice], Iterator[None]]) -> None:
+    """Every stage on every part, each stage one part behind the one before it.
+
+    The stages take turns at every `yield`, the last one first: what they compute then is independent, so that the
+    compiler can overlap it, and a stage may overwrite what the one after it has just read.
+    """
+    for step in range(len(parts) + len(stages) - 1):
+        running = [stage(parts[step - lag]) for lag, stage in enumerate(stages) if 0 <= step - lag < len(parts)]
+        for _ in zip_longest(*reversed(running)):
+            pass
 
 
 def _clear_past_end(block, plan: _Plan, *refs) -> None:
@@ -154,17 +194,73 @@ def _clear_past_end(block, plan: _Plan, *refs) -> None:
                 ref[0, plan.num_keys % plan.keys :] = jnp.zeros_like(ref[0, plan.num_keys % plan.keys :])
 
 
-def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> None:
-    """`run(masked)` if the tile sees any of the block's keys."""
+def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> jax.Array:
+    """`run(masked)` if the tile sees any of the block's keys; whether it does."""
     first, last, whole_from, whole_to = (hulls[i, plan.tile(pl.program_id(0), pl.program_id(1))] for i in range(4))
-    partly = (block * plan.keys < whole_from) | (block * plan.keys + plan.keys > whole_to)
+    partly = (block * plan.keys + plan.inner.start < whole_from) | (block * plan.keys + plan.inner.stop > whole_to)
     seen = (first <= block) & (block < last)
     pl.when(seen & partly)(partial(run, True))
     pl.when(seen & jnp.logical_not(partly))(partial(run, False))
+    return seen
 
 
-def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale: float, plan: _Plan):
+def _forward(
+    hulls, ranges, q, k, v, out, lse, maximum, total, summed, logits, weights, values, *, scale: float, plan: _Plan
+):
     block = pl.program_id(2)
+
+    def finish(rows: slice, attended, whole, highest):
+        # A row that sees nothing was left unmasked where the others see all.
+        sees = ranges[0, 0:1, rows] < ranges[0, 1:2, rows]
+        whole = jnp.where(sees, whole, 1.0)
+        out[0, rows] = jnp.where(sees, attended / whole, 0.0).astype(out.dtype).T
+        lse[0, :, rows] = jnp.where(sees, (highest + jnp.log2(whole)) / LOG2_E, NO_KEYS)
+
+    def run(masked: bool):
+        _clear_past_end(block, plan, v)
+        values[...] = v[0].T
+        highest, whole = {}, {}  # of a part's rows
+
+        def multiply(rows: slice):
+            highest[rows] = jnp.full(maximum[:, rows].shape, FLOOR) if plan.blocks == 1 else maximum[:, rows]
+            for keys in plan.chunks:
+                some = _logits(q, k, ranges, rows, keys, block, masked, scale, plan)
+                highest[rows] = jnp.maximum(highest[rows], jnp.max(some, axis=0, keepdims=True))
+                logits[keys, : some.shape[1]] = some
+                yield
+
+        def weigh(rows: slice):
+            whole[rows] = jnp.zeros_like(highest[rows])
+            for keys in plan.chunks:
+                some = jnp.exp2(logits[keys, : rows.stop - rows.start] - highest[rows])
+                whole[rows] += jnp.sum(some, axis=0, keepdims=True)
+                weights[keys, : some.shape[1]] = some.astype(weights.dtype)
+                yield
+
+        def attend(rows: slice):
+            attended = 0.0
+            for keys in plan.chunks:
+                attended += _dot(values[:, keys], weights[keys, : rows.stop - rows.start], (1, 0))
+                yield
+            if plan.blocks == 1:
+                finish(rows, attended, whole[rows], highest[rows])
+            else:
+                shrink = jnp.exp2(maximum[:, rows] - highest[rows])
+                maximum[:, rows] = highest[rows]
+                total[:, rows] = total[:, rows] * shrink + whole[rows]
+                summed[:, rows] = summed[:, rows] * shrink + attended
+
+        _staggered(plan.parts, multiply, weigh, attend)
+
+    if plan.blocks == 1:
+        seen = _where_seen(hulls, plan, block, run)
+
+        @pl.when(jnp.logical_not(seen))
+        def _():
+            out[...] = jnp.zeros_like(out)
+            lse[...] = jnp.full_like(lse, NO_KEYS)
+
+        return
 
     @pl.when(block == 0)
     def _():
@@ -172,29 +268,12 @@ def _forward(hulls, ranges, q, k, v, out, lse, maximum, total, summed, *, scale:
         total[...] = jnp.zeros_like(total)
         summed[...] = jnp.zeros_like(summed)
 
-    def run(masked: bool):
-        _clear_past_end(block, plan, v)
-        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
-        for rows, logits in _one_ahead(plan.parts, compute):
-            new_maximum = jnp.maximum(maximum[:, rows], jnp.max(logits, axis=0, keepdims=True))
-            weights = jnp.exp2(logits - new_maximum)
-            new_total = jnp.sum(weights, axis=0, keepdims=True)
-            new_summed = _dot(v[0], weights.astype(v.dtype), (0, 0))
-            if plan.blocks > 1:
-                shrink = jnp.exp2(maximum[:, rows] - new_maximum)
-                new_total += total[:, rows] * shrink
-                new_summed += summed[:, rows] * shrink
-            maximum[:, rows], total[:, rows], summed[:, rows] = new_maximum, new_total, new_summed
-
     _where_seen(hulls, plan, block, run)
 
     @pl.when(block == plan.blocks - 1)
     def _():
-        # A row that sees nothing was left unmasked in blocks that the others see whole.
-        sees = ranges[0, 0:1] < ranges[0, 1:2]
-        whole = jnp.where(sees, total[...], 1.0)
-        out[0] = jnp.where(sees, summed[...] / whole, 0.0).T.astype(out.dtype)
-        lse[0] = jnp.where(sees, (maximum[...] + jnp.log2(whole)) / LOG2_E, NO_KEYS)
+        for rows in plan.parts:
+            finish(rows, summed[:, rows], total[:, rows], maximum[:, rows])
 
 
 def _backward(
@@ -223,7 +302,8 @@ def _backward(
     def run(masked: bool):
         _clear_past_end(block, plan, k, v)
         keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
-        compute = partial(_logits, q, k, ranges, first_key=block * plan.keys, masked=masked, scale=scale)
+        every = slice(0, plan.keys)
+        compute = lambda rows: _logits(q, k, ranges, rows, every, block, masked, scale, plan)
         for rows, logits in _one_ahead(plan.parts, compute):
             weights = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
             dvalues[keys] += _dot(weights.astype(q.dtype), dout[0, rows], (1, 0))
@@ -314,7 +394,7 @@ def forward(
     b, t, n, c = q.shape
     chosen = config or tuning(device)
     few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
-    plan = _plan(q, k, chosen.few_rows if few else chosen.forward)
+    plan = _plan(q, k, chosen.few_rows if few else chosen.forward, chosen.unit)
     ranges = _intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     heads = b * plan.kv_heads
@@ -332,7 +412,12 @@ def forward(
             grid=(heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys],
             out_specs=[of_rows, of_lse],
-            scratch_shapes=[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c)],
+            scratch_shapes=[
+                *[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c if plan.blocks > 1 else 1)],
+                pltpu.VMEM((plan.keys, plan.parts[0].stop), jnp.float32),
+                pltpu.VMEM((plan.keys, plan.parts[0].stop), v.dtype),
+                pltpu.VMEM((c, plan.keys), v.dtype),
+            ],
         ),
         parallel=(True, True, False),
         cost=_cost(q, k, products=2, passes=2),
@@ -358,7 +443,8 @@ def backward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """Gradients of q, k and v."""
     b, c = q.shape[0], q.shape[3]
-    plan = _plan(q, k, (config or tuning(device)).backward)
+    chosen = config or tuning(device)
+    plan = _plan(q, k, chosen.backward, chosen.unit)
     ranges = _intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     of_whole = pl.BlockSpec((1, plan.num_keys, c), lambda head, *_: (head, 0, 0))
