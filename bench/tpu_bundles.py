@@ -50,7 +50,8 @@ class Run(NamedTuple):
     units: dict[str, int]
 
 
-class Operand(NamedTuple):
+@dataclass(frozen=True)
+class Operand:
     """The address of one of the kernel's operands, whatever was added to it."""
 
     index: int

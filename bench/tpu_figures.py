@@ -20,6 +20,7 @@ from bench import provenance, tpu_bundles, tpu_peers
 from bench.tpu_scalars import scalars
 from pi0fast import flops, hlo, targets
 from pi0fast.estimate import CLOCKS, estimate
+from pi0fast.flops import DeviceSpec
 from pi0fast_kernels import ada_rms_norm, prefix_lm_attention
 from pi0fast_kernels.ada_rms_norm import cases as norms
 from pi0fast_kernels.prefix_lm_attention import cases as attentions
@@ -38,6 +39,23 @@ class Target(NamedTuple):
     cores: int
     units: int
     lanes: int
+
+    @property
+    def spec(self) -> DeviceSpec:
+        found = flops.device(self.kind)
+        assert found is not None
+        return found
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second."""
+        return CLOCKS[self.spec.kind]
+
+    @property
+    def matmul_cycles(self) -> int:
+        """For which one operation keeps a matrix unit busy, by the chip's peak."""
+        rate = self.spec.flops / self.clock / self.cores / self.units
+        return round(2 * MATMUL_ROWS * self.lanes**2 / rate)
 
 
 # https://docs.cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e
@@ -126,9 +144,7 @@ def figures(job: Job, dumped: Path) -> Figures:
         ValueError: code that `tpu_bundles` cannot run, or products faster than the peak.
     """
     target = TARGETS[job.target]
-    spec = flops.device(target.kind)
-    assert spec is not None
-    clock = CLOCKS[spec.kind]
+    spec = target.spec
     case = find(job)
     products = 0 if job.op == "ada_rms_norm" else case.flops(job.backward)
     found = Figures(job, provenance.commit(), products / spec.flops, case.bytes(job.backward) / spec.bandwidth)
@@ -139,8 +155,6 @@ def figures(job: Job, dumped: Path) -> Figures:
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return dataclasses.replace(found, error=f"{type(error).__name__}: {str(error)[:400]}")
     program = hlo.Program(text)
-    rate = spec.flops / clock / target.cores / target.units  # operations a cycle of one matrix unit
-    matmul_cycles = round(MATMUL_ROWS * 2 * target.lanes**2 / rate)
     kernels = []
     for name, instructions in program.computations.items():
         types = {x.name: x.type for x in instructions}
@@ -151,8 +165,8 @@ def figures(job: Job, dumped: Path) -> Figures:
             words = [tpu_bundles.words(x, types[operand]) for x, operand in zip(given, call.operands, strict=False)]
             (path,) = (path for path in dumped.glob(f"*-{call.name}-*") if "schedule-analysis" not in path.name)
             code = tpu_bundles.Kernel(path.read_text())
-            run = code.run(words, matmul_cycles)
-            seconds = max(run.cycles / clock, run.bytes / spec.bandwidth)
+            run = code.run(words, target.matmul_cycles)
+            seconds = max(run.cycles / target.clock, run.bytes / spec.bandwidth)
             kernels.append(KernelFigures(call.name, seconds, _vmem(call.line), code.bundles, code.spills, *run))
     around = estimate(program, spec, lambda collective: 0.0)
     copies = around.hbm_bytes + sum(kernel.bytes for kernel in kernels)

@@ -2,7 +2,7 @@
 
     python -m bench.tpu_resources --out=profiles/<folder>                      what is not there yet
     python -m bench.tpu_resources --out=… --again --contender=mosaic_tpu       ours once more
-    python -m bench.tpu_resources --out=… --tables                             README.md from what is there
+    python -m bench.tpu_tables profiles/<folder>                               the tables of what is there
 
 Compiles for single chips that are not there, and runs the control flow of each kernel's code: `bench.tpu_figures` says
 how. Figures of a compiler and what is derived from them; nothing is measured. A job takes seconds, XLA's attention
@@ -33,6 +33,7 @@ FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_
 # defaults, 128 of each, are never the fastest.
 COMPARED = ("pi0_prefix", "pi0_suffix", "siglip", "causal")
 BLOCKS = ((512, 512), (512, 1024), (1024, 1024))
+FILTERS = ("target", "op", "case", "contender")
 XLA, COMPARED_WITH_XLA = "reference", ("pi0_prefix", "pi0_suffix")
 
 
@@ -82,9 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Figures of the compiler for every TPU kernel, and for its peers.")
     parser.add_argument("--out", type=Path, help="the folder of the record")
     parser.add_argument("--again", action="store_true", help="also what is there already")
-    for name in ("target", "op", "case", "contender"):
+    for name in FILTERS:
         parser.add_argument(f"--{name}", action="append", help=f"only this {name}; may be repeated")
-    parser.add_argument("--tables", action="store_true", help="only write README.md")
     parser.add_argument("--collect", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.collect:
@@ -92,20 +92,18 @@ def main() -> None:
         return
     raw = arguments.out / RAW
     there = load(raw)
-    if not arguments.tables:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        chosen = [
-            job
-            for job in jobs()
-            if (arguments.again or job not in there)
-            and all(getattr(arguments, x) is None or getattr(job, x) in getattr(arguments, x) for x in Job._fields[:3])
-            and (arguments.contender is None or job.contender in arguments.contender)
-        ]
-        for figures in collect(chosen):
-            there[figures.job] = figures
-            lines = (json.dumps(dataclasses.asdict(there[job])) for job in jobs() if job in there)
-            raw.write_text("\n".join(lines) + "\n")
-            print(*figures.job, f"{figures.kernel_s * 1e6:.0f} us" if not figures.error else figures.error, flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    chosen = [
+        job
+        for job in jobs()
+        if (arguments.again or job not in there)
+        and all(getattr(arguments, x) is None or getattr(job, x) in getattr(arguments, x) for x in FILTERS)
+    ]
+    for figures in collect(chosen):
+        there[figures.job] = figures
+        lines = (json.dumps(dataclasses.asdict(there[job])) for job in jobs() if job in there)
+        raw.write_text("\n".join(lines) + "\n")
+        print(*figures.job, figures.error or f"{figures.kernel_s * 1e6:.0f} us", flush=True)
 
 
 def load(raw: Path) -> dict[Job, Figures]:

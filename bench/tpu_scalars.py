@@ -28,6 +28,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], found: d
     def value(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values.get(atom)
 
+    equation: Any
     for equation in jaxpr.eqns:
         given = [value(atom) for atom in equation.invars]
         results: Sequence[Any] = [None] * len(equation.outvars)
