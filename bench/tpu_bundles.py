@@ -179,6 +179,8 @@ class Kernel:
                     raise ValueError(f"bundle {at:#x} branches on what is not known here")
                 target = self._starts[x.arguments[0]] if runs else target
                 continue
+            elif x.name == "scalar":
+                result = int(scalars[x.arguments[0]][0]) if len(scalars) > x.arguments[0] else None
             elif x.name == "sld":
                 result = core.memory.get(_address(core, x.arguments[0]))
             elif x.name == "sst":
@@ -289,6 +291,8 @@ def _operation(text: str) -> _Operation | None:
     if name.startswith("inlined_call_operand"):
         index = re.search(r"index: (\d+)", rest)
         assert index is not None
+        if "<no memory space>" in rest:
+            return _Operation("scalar", result, (int(index[1]),))
         return _Operation("smov", result, (Operand(int(index[1])),))
     rest = re.sub(r"^\[(?:thread|resolvable):[^\]]*\]\s*", "", rest)
     if name == "sld":
