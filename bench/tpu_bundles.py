@@ -59,8 +59,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class _Operation:
-    """target, name, arguments as written; unless: runs where the predicate is false. old: the result where it does not
-    run."""
+    """arguments: names, numbers, allocations. unless: it runs where the predicate is false. old: the result where it
+    does not run; None leaves what was there."""
 
     name: str
     result: str
@@ -92,16 +92,12 @@ class Kernel:
     """
 
     def __init__(self, text: str):
-        lines = re.findall(
-            r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?:(.*?)(?=^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?:|\Z)",
-            text,
-            re.M | re.S,
-        )
+        bodies = re.split(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})?:", text, flags=re.M)[1:]
         self._starts: dict[str, int] = {}
         self._operations: list[list[_Operation]] = []
         self._units: list[Counter[str]] = []
-        products = np.zeros((len(lines) + 1, MATRIX_UNITS), np.int64)
-        for at, body in enumerate(lines):
+        products = np.zeros((len(bodies) + 1, MATRIX_UNITS), np.int64)
+        for at, body in enumerate(bodies):
             for region in re.findall(r"Start(?:/End empty)? region (\d+)", body):
                 self._starts.setdefault(region, at)
             inside = re.sub(r"/\*.*?\*/", "", body, flags=re.S)
@@ -112,7 +108,7 @@ class Kernel:
             for unit in re.findall(r"vmatmul\S*mxu(\d)", inside):
                 products[at + 1, int(unit)] += 1
         self._products = np.cumsum(products, axis=0)
-        self.bundles = len(lines)
+        self.bundles = len(bodies)
         self.megacore = "megacore core id" in text
         self.spills = sum(units["spill stores"] for units in self._units)
         self._next = [self.bundles] * (self.bundles + 1)
@@ -120,7 +116,7 @@ class Kernel:
             self._next[at] = at if self._operations[at] else self._next[at + 1]
 
     def run(self, scalars: Sequence[np.ndarray] = (), matmul_cycles: int = 0, limit: int = 10**9) -> Run:
-        """scalars: the operands that are copied to scalar memory, as `words`. matmul_cycles: how long a matrix unit
+        """scalars: the first operands, as `tpu_scalars.words`. matmul_cycles: how long a matrix unit
         takes for one operation. limit: of bundles issued; beyond it a loop is taken for one that does not end.
 
         Raises:
@@ -201,31 +197,6 @@ class Kernel:
                     result = None if runs is None else value(x.old)
             core.values[x.result] = core.registers[_register(x.result)] = result
         return target
-
-
-def words(array: np.ndarray, layout: str) -> np.ndarray:
-    """An array as 32-bit words in the order in which a TPU stores it.
-
-    layout: as XLA prints it, `{1,0:T(4,128)}`; `T(8,128)(4,1)` packs four rows of bytes into a row of words.
-
-    Raises:
-        ValueError: a layout that is not row-major in tiles.
-    """
-    found = re.search(r"\{([\d,]*):T\((\d+)(?:,(\d+))?\)(?:\((\d+),1\))?", layout)
-    if found is None or found[1] != ",".join(map(str, reversed(range(array.ndim)))):
-        raise ValueError(f"scalars of layout {layout} are not known here; row-major tiles are")
-    rows, lanes = (int(found[2]), int(found[3])) if found[3] else (1, int(found[2]))
-    packed = int(found[4] or 1)
-    array = np.atleast_2d(array)
-    array = array.reshape(-1, *array.shape[-2:])
-    padding = (0, 0), (0, -array.shape[1] % rows), (0, -array.shape[2] % lanes)
-    array = np.pad(array, padding)
-    outer, height, width = array.shape
-    tiles = array.reshape(outer, height // rows, rows // packed, packed, width // lanes, lanes)
-    tiles = tiles.transpose(0, 1, 4, 2, 5, 3)
-    if packed == 1:
-        return tiles.reshape(-1).astype(np.int32)
-    return np.ascontiguousarray(tiles).reshape(-1).view(np.int32)
 
 
 # ── One operation ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bench import provenance, tpu_bundles, tpu_peers
-from bench.tpu_scalars import scalars
+from bench.tpu_scalars import scalars, words
 from pi0fast import flops, hlo, targets
 from pi0fast.estimate import CLOCKS, estimate
 from pi0fast.flops import DeviceSpec
@@ -98,8 +98,8 @@ class KernelFigures:
 class Figures:
     """bound_s: the case's matrix products at the peak, zero for a norm. traffic_s: its least traffic at the bandwidth.
 
-    around_s: of XLA's instructions around the kernels. copies_s: all traffic at the bandwidth. achieved: the case's
-    products over the kernels' time, as a share of the peak. error: why there is nothing else.
+    around_s: of XLA's instructions around the kernels. copies_s: all traffic at the bandwidth. error: why there is
+    nothing else.
     """
 
     job: Job
@@ -162,10 +162,10 @@ def figures(job: Job, dumped: Path) -> Figures:
         program.computations[name] = [x for x in instructions if x not in calls]
         for call in calls:
             given = next((x for kernel, x in prefetched.items() if re.fullmatch(rf"{kernel}(\.\d+)?", call.name)), [])
-            words = [tpu_bundles.words(x, types[operand]) for x, operand in zip(given, call.operands, strict=False)]
+            prefix = [words(x, types[operand]) for x, operand in zip(given, call.operands, strict=False)]
             (path,) = (path for path in dumped.glob(f"*-{call.name}-*") if "schedule-analysis" not in path.name)
             code = tpu_bundles.Kernel(path.read_text())
-            run = code.run(words, target.matmul_cycles)
+            run = code.run(prefix, target.matmul_cycles)
             seconds = max(run.cycles / target.clock, run.bytes / spec.bandwidth)
             kernels.append(KernelFigures(call.name, seconds, _vmem(call.line), code.bundles, code.spills, *run))
     around = estimate(program, spec, lambda collective: 0.0)

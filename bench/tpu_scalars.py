@@ -1,5 +1,7 @@
-"""The scalars that a traced program hands to its Pallas kernels, computed from what is known of its arguments."""
+"""The scalars that a traced program hands to its Pallas kernels, computed from what is known of its arguments, and how
+they lie in a TPU's memory."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,3 +54,28 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], found: d
             results = made if equation.primitive.multiple_results else [made]
         values.update(zip(equation.outvars, results, strict=True))
     return [value(atom) for atom in jaxpr.outvars]
+
+
+def words(array: np.ndarray, layout: str) -> np.ndarray:
+    """An array as 32-bit words in the order in which a TPU stores it.
+
+    layout: as XLA prints it, `{1,0:T(4,128)}`; `T(8,128)(4,1)` packs four rows of bytes into a row of words.
+
+    Raises:
+        ValueError: a layout that is not row-major in tiles.
+    """
+    found = re.search(r"\{([\d,]*):T\((\d+)(?:,(\d+))?\)(?:\((\d+),1\))?", layout)
+    if found is None or found[1] != ",".join(map(str, reversed(range(array.ndim)))):
+        raise ValueError(f"scalars of layout {layout} are not known here; row-major tiles are")
+    rows, lanes = (int(found[2]), int(found[3])) if found[3] else (1, int(found[2]))
+    packed = int(found[4] or 1)
+    array = np.atleast_2d(array)
+    array = array.reshape(-1, *array.shape[-2:])
+    padding = (0, 0), (0, -array.shape[1] % rows), (0, -array.shape[2] % lanes)
+    array = np.pad(array, padding)
+    outer, height, width = array.shape
+    tiles = array.reshape(outer, height // rows, rows // packed, packed, width // lanes, lanes)
+    tiles = tiles.transpose(0, 1, 4, 2, 5, 3)
+    if packed == 1:
+        return tiles.reshape(-1).astype(np.int32)
+    return np.ascontiguousarray(tiles).reshape(-1).view(np.int32)

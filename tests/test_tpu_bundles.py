@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.tpu_bundles import Kernel, words
+from bench.tpu_bundles import Kernel
+from bench.tpu_scalars import words
 
 CODE = {name: (Path(__file__).parent / "golden/tpu_bundles" / f"{name}.txt").read_text() for name in ("v5e", "v5p")}
 # Of a tile: the first block, the last (exclusive), and between which keys rows that see any see all.
@@ -101,23 +102,3 @@ def test_a_loop_runs_as_often_as_its_bound_says():
 def test_a_loop_without_end_is_an_error():
     with pytest.raises(ValueError, match="does not end"):
         Kernel(SPILLS.replace("sadd.s32 1", "sadd.s32 0")).run(limit=1000)
-
-
-@pytest.mark.parametrize(
-    ("array", "layout", "expected"),
-    [
-        # Row 1, column 129 of two tiles of 4 × 128.
-        (np.arange(4 * 256).reshape(4, 256), "{1,0:T(4,128)}", {512 + 128 + 1: 256 + 129}),
-        (np.arange(3), "{0:T(128)}", {0: 0, 2: 2, 127: 0}),
-        # Bytes: four rows in a word.
-        (np.arange(24, dtype=np.int8).reshape(1, 8, 3), "{2,1,0:T(8,128)(4,1)S(1)}", {1: 0x0A070401, 128: 0x15120F0C}),
-    ],
-)  # fmt: skip
-def test_scalars_lie_in_tiles(array, layout, expected):
-    stored = words(array, layout)
-    assert {place: int(stored[place]) for place in expected} == expected
-
-
-def test_other_layouts_are_an_error():
-    with pytest.raises(ValueError, match="row-major"):
-        words(np.zeros((2, 3), np.int32), "{0,1:T(4,128)}")

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu_scalars import scalars
+from bench.tpu_scalars import scalars, words
 
 
 def scaled(x, bounds, name="kernel"):
@@ -59,3 +59,23 @@ def test_two_kernels_of_one_name_are_an_error():
     twice = jax.make_jaxpr(lambda x, bounds: scaled(scaled(x, bounds), bounds))(X, BOUNDS)
     with pytest.raises(ValueError, match="two kernels are called kernel"):
         scalars(twice, [None, BOUNDS])
+
+
+@pytest.mark.parametrize(
+    ("array", "layout", "expected"),
+    [
+        # Row 1, column 129 of two tiles of 4 × 128.
+        (np.arange(4 * 256).reshape(4, 256), "{1,0:T(4,128)}", {512 + 128 + 1: 256 + 129}),
+        (np.arange(3), "{0:T(128)}", {0: 0, 2: 2, 127: 0}),
+        # Bytes: four rows in a word.
+        (np.arange(24, dtype=np.int8).reshape(1, 8, 3), "{2,1,0:T(8,128)(4,1)S(1)}", {1: 0x0A070401, 128: 0x15120F0C}),
+    ],
+)  # fmt: skip
+def test_scalars_lie_in_tiles(array, layout, expected):
+    stored = words(array, layout)
+    assert {place: int(stored[place]) for place in expected} == expected
+
+
+def test_other_layouts_are_an_error():
+    with pytest.raises(ValueError, match="row-major"):
+        words(np.zeros((2, 3), np.int32), "{0,1:T(4,128)}")
