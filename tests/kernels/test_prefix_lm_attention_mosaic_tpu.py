@@ -22,7 +22,7 @@ from tests.kernels.tpu_interpreter import race_free
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
-SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16)], unit=128)
+SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16, 2)], unit=128, fill=32)
 
 
 class Shape(NamedTuple):

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ class Tile:
     """How the work is cut up.
 
     rows: of one tile. keys: of one block. single: up to how many keys are one block whatever `keys` says.
-    part, chunk: how many rows and how many keys are multiplied at once.
+    part, chunk: how many rows and how many keys are multiplied at once. heads: up to how many key/value heads a program
+        takes that have one tile and one block each.
     """
 
     rows: int
@@ -59,28 +61,39 @@ class Tile:
     single: int
     part: int
     chunk: int
+    heads: int
 
 
 @dataclass(frozen=True)
 class TuningConfig:
     """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel.
 
-    unit: columns of a matrix unit; the rows of a tile are a multiple of it.
+    unit: columns of a matrix unit; the rows of a tile are a multiple of it. fill: how many rows could be multiplied
+        while the matrix units fill and drain once.
     """
 
     forward: Tile
     few_rows: Tile
     backward: Tile
     unit: int
+    fill: int
 
 
 # Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e; v5p has v5e's units and takes its
 # tiles. Nothing here has been timed on a TPU.
 V5 = TuningConfig(
-    Tile(512, 512, 1024, 256, 1024), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 512, 1024), unit=128
+    forward=Tile(512, 512, 1024, 256, 256, heads=2),
+    few_rows=Tile(512, 256, 0, 512, 256, heads=1),
+    backward=Tile(512, 512, 1024, 256, 256, heads=1),
+    unit=128,
+    fill=32,
 )
 V6 = TuningConfig(
-    Tile(3328, 512, 1024, 256, 256), Tile(512, 256, 0, 512, 256), Tile(512, 512, 1024, 256, 1024), unit=256
+    forward=Tile(3328, 512, 1024, 256, 256, heads=4),
+    few_rows=Tile(512, 256, 0, 512, 256, heads=1),
+    backward=Tile(1792, 512, 1024, 256, 256, heads=4),
+    unit=256,
+    fill=384,
 )
 TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
@@ -88,19 +101,21 @@ FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one
 
 @dataclass(frozen=True)
 class _Plan:
-    """How one call is cut up. rows, keys: of one tile and block. packed: rows of one key/value head."""
+    """How one call is cut up. rows, keys: of one tile and block. packed: rows of one key/value head. heads: of one
+    program."""
 
     rows: int
     keys: int
     packed: int
     num_keys: int
     kv_heads: int
+    heads: int
     part: int
     chunk: int
 
     @property
-    def parts(self) -> list[slice]:
-        return _cut(self.rows, self.part)
+    def parts(self) -> list["_Part"]:
+        return [_Part(head, rows) for head in range(self.heads) for rows in _cut(self.rows, self.part)]
 
     @property
     def chunks(self) -> list[slice]:
@@ -126,23 +141,53 @@ class _Plan:
     def padded(self) -> int:
         return self.tiles * self.rows
 
-    def tile(self, head, tile):
+    @property
+    def examples(self) -> int:
+        """That a program takes the heads of."""
+        return self.heads if self.kv_heads == 1 else 1
+
+    def example(self, program):
+        """Which of the groups of so many examples a program is of."""
+        return lax.div(program, jnp.int32(max(self.kv_heads // self.heads, 1)))
+
+    def tile(self, program, tile):
         """Where the prefetched scalars of a tile are."""
-        return lax.div(head, jnp.int32(self.kv_heads)) * self.tiles + tile
+        return self.example(program) * self.tiles + tile
+
+
+class _Part(NamedTuple):
+    """Rows of one of a program's heads."""
+
+    head: int
+    rows: slice
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
+    """Along lanes; registers side by side are added first, so that fewer are transposed."""
+    columns = [x[:, lanes] for lanes in _cut(x.shape[1], LANES)]
+    if x.shape[1] % LANES == 0:
+        x = sum(columns[1:], columns[0])
+    return jnp.sum(x.T, axis=0, keepdims=True)
 
 
 def _cut(size: int, piece: int) -> list[slice]:
     return [slice(first, min(first + piece, size)) for first in range(0, size, piece)]
 
 
-def _plan(q, k, tile: Tile, unit: int) -> _Plan:
-    (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
-    packed = t * n // kv_heads
-    rows = packed
-    if packed > tile.rows:  # as few rows past the end as possible
-        rows = min(range(unit, tile.rows + 1, unit), key=lambda size: (pl.cdiv(packed, size) * size, -size))
+def _plan(q, k, tile: Tile, config: TuningConfig) -> _Plan:
+    (b, t, n), (s, kv_heads) = q.shape[:3], k.shape[1:3]
+    packed = rows = t * n // kv_heads
+    if packed > tile.rows:
+        sizes = range(config.unit, tile.rows + 1, config.unit)
+        rows = min(sizes, key=lambda size: pl.cdiv(packed, size) * (size + config.fill))
     keys = s if s <= max(tile.single, tile.keys) else tile.keys
-    return _Plan(rows, keys, packed, s, kv_heads, tile.part, tile.chunk)
+    alike = b if kv_heads == 1 else kv_heads  # heads that a program can take
+    heads = max(n for n in range(1, tile.heads + 1) if alike % n == 0) if packed == rows and keys == s else 1
+    return _Plan(rows, keys, packed, s, kv_heads, heads, tile.part, tile.chunk)
 
 
 def _dot(a, b, over: tuple[int, int]):
@@ -152,27 +197,25 @@ def _dot(a, b, over: tuple[int, int]):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _logits(q, k, ranges, rows: slice, keys: slice, block, masked: bool, scale: float, plan: _Plan):
+def _interval(ranges, part: _Part) -> tuple[Int[Array, "1 rows"], Int[Array, "1 rows"]]:
+    """The keys that each row sees, from and to."""
+    example = min(part.head, ranges.shape[0] - 1)
+    return ranges[example, 0:1, part.rows], ranges[example, 1:2, part.rows]
+
+
+def _logits(q, k, ranges, part: _Part, keys: slice, block, masked: bool, scale: float, plan: _Plan):
     """Of a chunk of a block's keys, in base 2. [keys, rows]."""
-    logits = _dot(k[0, keys], q[0, rows], (1, 1)) * (scale * LOG2_E)
+    logits = _dot(k[part.head, keys], q[part.head, part.rows], (1, 1)) * (scale * LOG2_E)
+    start, end = _interval(ranges, part)
     key = block * plan.keys + keys.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     if masked or keys.start < plan.inner.start:
-        logits = jnp.where(ranges[0, 0:1, rows] <= key, logits, MASKED)
+        logits = jnp.where(start <= key, logits, MASKED)
     if masked or keys.stop > plan.inner.stop:
-        logits = jnp.where(key < ranges[0, 1:2, rows], logits, MASKED)
+        logits = jnp.where(key < end, logits, MASKED)
     return logits
 
 
-def _one_ahead(parts, compute):
-    ahead = compute(parts[0])
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        computed = ahead
-        if following is not None:
-            ahead = compute(following)
-        yield part, computed
-
-
-def _staggered(parts: list[slice], *stages: Callable[[slice], Iterator[None]]) -> None:
+def _staggered(parts: list[_Part], *stages: Callable[[_Part], Iterator[None]]) -> None:
     """Every stage on every part, each stage one part behind the one before it.
 
     The stages take turns at every `yield`, the last one first: what they compute then is independent, so that the
@@ -209,45 +252,48 @@ def _forward(
 ):
     block = pl.program_id(2)
 
-    def finish(rows: slice, attended, whole, highest):
+    def finish(part: _Part, attended, whole, highest):
         # A row that sees nothing was left unmasked where the others see all.
-        sees = ranges[0, 0:1, rows] < ranges[0, 1:2, rows]
-        whole = jnp.where(sees, whole, 1.0)
-        out[0, rows] = jnp.where(sees, attended / whole, 0.0).astype(out.dtype).T
-        lse[0, :, rows] = jnp.where(sees, (highest + jnp.log2(whole)) / LOG2_E, NO_KEYS)
+        start, end = _interval(ranges, part)
+        whole = jnp.where(start < end, whole, 1.0)
+        out[part.head, part.rows] = jnp.where(start < end, attended / whole, 0.0).astype(out.dtype).T
+        lse[part.head, :, part.rows] = jnp.where(start < end, (highest + jnp.log2(whole)) / LOG2_E, NO_KEYS)
 
     def run(masked: bool):
         _clear_past_end(block, plan, v)
-        values[...] = v[0].T
+        for head in range(plan.heads):
+            values[head] = v[head].T
         highest, whole = {}, {}  # of a part's rows
 
-        def multiply(rows: slice):
-            highest[rows] = jnp.full(maximum[:, rows].shape, FLOOR) if plan.blocks == 1 else maximum[:, rows]
+        def multiply(part: _Part):
+            shape = (1, part.size)
+            highest[part] = jnp.full(shape, FLOOR) if plan.blocks == 1 else maximum[:, part.rows]
             for keys in plan.chunks:
-                some = _logits(q, k, ranges, rows, keys, block, masked, scale, plan)
-                highest[rows] = jnp.maximum(highest[rows], jnp.max(some, axis=0, keepdims=True))
-                logits[keys, : some.shape[1]] = some
+                some = _logits(q, k, ranges, part, keys, block, masked, scale, plan)
+                highest[part] = jnp.maximum(highest[part], jnp.max(some, axis=0, keepdims=True))
+                logits[keys, : part.size] = some
                 yield
 
-        def weigh(rows: slice):
-            whole[rows] = jnp.zeros_like(highest[rows])
+        def weigh(part: _Part):
+            whole[part] = jnp.zeros((1, part.size), jnp.float32)
             for keys in plan.chunks:
-                some = jnp.exp2(logits[keys, : rows.stop - rows.start] - highest[rows])
-                whole[rows] += jnp.sum(some, axis=0, keepdims=True)
-                weights[keys, : some.shape[1]] = some.astype(weights.dtype)
+                some = jnp.exp2(logits[keys, : part.size] - highest[part])
+                whole[part] += jnp.sum(some, axis=0, keepdims=True)
+                weights[keys, : part.size] = some.astype(weights.dtype)
                 yield
 
-        def attend(rows: slice):
+        def attend(part: _Part):
             attended = 0.0
             for keys in plan.chunks:
-                attended += _dot(values[:, keys], weights[keys, : rows.stop - rows.start], (1, 0))
+                attended += _dot(values[part.head, :, keys], weights[keys, : part.size], (1, 0))
                 yield
             if plan.blocks == 1:
-                finish(rows, attended, whole[rows], highest[rows])
+                finish(part, attended, whole[part], highest[part])
             else:
-                shrink = jnp.exp2(maximum[:, rows] - highest[rows])
-                maximum[:, rows] = highest[rows]
-                total[:, rows] = total[:, rows] * shrink + whole[rows]
+                rows = part.rows
+                shrink = jnp.exp2(maximum[:, rows] - highest[part])
+                maximum[:, rows] = highest[part]
+                total[:, rows] = total[:, rows] * shrink + whole[part]
                 summed[:, rows] = summed[:, rows] * shrink + attended
 
         _staggered(plan.parts, multiply, weigh, attend)
@@ -272,16 +318,37 @@ def _forward(
 
     @pl.when(block == plan.blocks - 1)
     def _():
-        for rows in plan.parts:
-            finish(rows, summed[:, rows], total[:, rows], maximum[:, rows])
+        for part in plan.parts:
+            finish(part, summed[:, part.rows], total[:, part.rows], maximum[:, part.rows])
 
 
 def _backward(
-    hulls, ranges, q, k, v, out, lse, dout, dq, dk, dv, delta, dqueries, dkeys, dvalues, *, scale: float, plan: _Plan
+    hulls,
+    ranges,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dq,
+    dk,
+    dv,
+    dqueries,
+    dkeys,
+    dvalues,
+    weights,
+    dlogits,
+    transposed,
+    *,
+    scale: float,
+    plan: _Plan,
 ):
     tile, block = pl.program_id(1), pl.program_id(2)
 
-    @pl.when((tile == 0) & (block == 0))
+    alone = plan.tiles == plan.blocks == 1  # every sum begins and ends in this program
+
+    @pl.when((tile == 0) & (block == 0) & (not alone))
     def _():
         dkeys[...] = jnp.zeros_like(dkeys)
         dvalues[...] = jnp.zeros_like(dvalues)
@@ -293,35 +360,71 @@ def _backward(
             for ref in (q, out, dout):
                 ref[0, plan.packed % plan.rows :] = jnp.zeros_like(ref[0, plan.packed % plan.rows :])
 
-    @pl.when(block == 0)
-    def _():
-        dqueries[...] = jnp.zeros_like(dqueries)
-        products = out[0].astype(jnp.float32) * dout[0].astype(jnp.float32)
-        delta[...] = jnp.sum(products.T, axis=0, keepdims=True)
-
     def run(masked: bool):
         _clear_past_end(block, plan, k, v)
-        keys = pl.ds(pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0, plan.keys)
-        every = slice(0, plan.keys)
-        compute = lambda rows: _logits(q, k, ranges, rows, every, block, masked, scale, plan)
-        for rows, logits in _one_ahead(plan.parts, compute):
-            weights = jnp.exp2(logits - lse[0, :, rows] * LOG2_E)
-            dvalues[keys] += _dot(weights.astype(q.dtype), dout[0, rows], (1, 0))
-            dweights = _dot(v[0], dout[0, rows], (1, 1))
-            dlogits = (weights * (dweights - delta[:, rows])).astype(q.dtype)
-            dkeys[keys] += _dot(dlogits, q[0, rows], (1, 0))
-            dqueries[:, rows] += _dot(k[0], dlogits, (0, 0))
+        for head in range(plan.heads):
+            transposed[head] = k[head].T
+        first = pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0
 
-    _where_seen(hulls, plan, block, run)
+        def weigh(part: _Part):
+            head, rows = part
+            delta = _row_sums(out[head, rows].astype(jnp.float32) * dout[head, rows].astype(jnp.float32))
+            for keys in plan.chunks:
+                logits = _logits(q, k, ranges, part, keys, block, masked, scale, plan)
+                some = jnp.exp2(logits - lse[head, :, rows] * LOG2_E)
+                weights[keys, : part.size] = some.astype(weights.dtype)
+                dweights = _dot(v[head, keys], dout[head, rows], (1, 1))
+                dlogits[keys, : part.size] = (some * (dweights - delta)).astype(dlogits.dtype)
+                yield
 
-    @pl.when(block == plan.blocks - 1)
+        def attend(part: _Part):
+            head, rows = part
+            dquery = 0.0
+            for keys in plan.chunks:
+                there = pl.ds(first + keys.start, keys.stop - keys.start)
+                dvalue = _dot(weights[keys, : part.size], dout[head, rows], (1, 0))
+                dkey = _dot(dlogits[keys, : part.size], q[head, rows], (1, 0))
+                dquery += _dot(transposed[head, :, keys], dlogits[keys, : part.size], (1, 0))
+                if not alone or rows.start > 0:
+                    dvalue += dvalues[head, there]
+                    dkey += dkeys[head, there]
+                if alone and rows.stop == plan.rows:
+                    dv[head, keys] = dvalue.astype(dv.dtype)
+                    dk[head, keys] = (dkey * scale).astype(dk.dtype)
+                else:
+                    dvalues[head, there] = dvalue
+                    dkeys[head, there] = dkey
+                yield
+            if plan.blocks == 1:
+                dq[head, rows] = (dquery * scale).astype(dq.dtype).T
+            else:
+                dqueries[:, rows] += dquery
+
+        _staggered(plan.parts, weigh, attend)
+
+    if plan.blocks == 1:
+        seen = _where_seen(hulls, plan, block, run)
+
+        @pl.when(jnp.logical_not(seen))
+        def _():
+            for ref in (dq, dk, dv) if alone else (dq,):
+                ref[...] = jnp.zeros_like(ref)
+    else:
+
+        @pl.when(block == 0)
+        def _():
+            dqueries[...] = jnp.zeros_like(dqueries)
+
+        _where_seen(hulls, plan, block, run)
+
+        @pl.when(block == plan.blocks - 1)
+        def _():
+            dq[0] = (dqueries[...] * scale).astype(dq.dtype).T
+
+    @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1) & (not alone))
     def _():
-        dq[0] = (dqueries[...] * scale).T.astype(dq.dtype)
-
-    @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1))
-    def _():
-        dk[0] = (dkeys[: plan.num_keys] * scale).astype(dk.dtype)
-        dv[0] = dvalues[: plan.num_keys].astype(dv.dtype)
+        dk[...] = (dkeys[:, : plan.num_keys] * scale).astype(dk.dtype)
+        dv[...] = dvalues[:, : plan.num_keys].astype(dv.dtype)
 
 
 def _by_head(x: Float[Array, "B L H C"], kv_heads: int) -> Float[Array, "B*K L*H/K C"]:
@@ -343,29 +446,29 @@ def _intervals(key_start, key_end, plan: _Plan) -> Int[Array, "B 2 rows"]:
     return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.padded - plan.packed)))
 
 
-def _hulls(ranges: Int[Array, "B 2 rows"], plan: _Plan) -> Int[Array, "4 B*tiles"]:
+def _hulls(ranges: Int[Array, "B 2 rows"], plan: _Plan) -> Int[Array, "4 tiles"]:
     """Of each tile the first block and the last (exclusive), and between which keys rows that see any see all."""
-    start, end = jnp.moveaxis(ranges.reshape(ranges.shape[0], 2, plan.tiles, plan.rows), 1, 0)
-    sees = start < end
-    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), -1), plan.keys)
-    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), -1) // plan.keys, last)
-    whole_from = jnp.max(jnp.where(sees, start, 0), -1)
-    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), -1)
+    start, end = jnp.moveaxis(ranges.reshape(-1, plan.examples, 2, plan.tiles, plan.rows), 2, 0)
+    sees, every = start < end, (1, 3)
+    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), every), plan.keys)
+    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), every) // plan.keys, last)
+    whole_from = jnp.max(jnp.where(sees, start, 0), every)
+    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), every)
     return jnp.stack([bound.reshape(-1) for bound in (first, last, whole_from, whole_to)])
 
 
 def _specs(plan: _Plan, c: int) -> tuple[pl.BlockSpec, ...]:
     """Blocks of ranges, of rows, of keys (one that is repeated is not loaded again), of what each row has one of."""
 
-    def key_block(head, tile, block, hulls):
-        at = plan.tile(head, tile)
-        return head, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
+    def key_block(program, tile, block, hulls):
+        at = plan.tile(program, tile)
+        return program, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
 
     return (
-        pl.BlockSpec((1, 2, plan.rows), lambda head, tile, *_: (lax.div(head, jnp.int32(plan.kv_heads)), 0, tile)),
-        pl.BlockSpec((1, plan.rows, c), lambda head, tile, *_: (head, tile, 0)),
-        pl.BlockSpec((1, plan.keys, c), key_block),
-        pl.BlockSpec((1, 1, plan.rows), lambda head, tile, *_: (head, 0, tile)),
+        pl.BlockSpec((plan.examples, 2, plan.rows), lambda program, tile, *_: (plan.example(program), 0, tile)),
+        pl.BlockSpec((plan.heads, plan.rows, c), lambda program, tile, *_: (program, tile, 0)),
+        pl.BlockSpec((plan.heads, plan.keys, c), key_block),
+        pl.BlockSpec((plan.heads, 1, plan.rows), lambda program, tile, *_: (program, 0, tile)),
     )
 
 
@@ -394,7 +497,7 @@ def forward(
     b, t, n, c = q.shape
     chosen = config or tuning(device)
     few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
-    plan = _plan(q, k, chosen.few_rows if few else chosen.forward, chosen.unit)
+    plan = _plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
     ranges = _intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     heads = b * plan.kv_heads
@@ -409,14 +512,13 @@ def forward(
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(heads, plan.tiles, plan.blocks),
+            grid=(heads // plan.heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys],
             out_specs=[of_rows, of_lse],
             scratch_shapes=[
                 *[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c if plan.blocks > 1 else 1)],
-                pltpu.VMEM((plan.keys, plan.parts[0].stop), jnp.float32),
-                pltpu.VMEM((plan.keys, plan.parts[0].stop), v.dtype),
-                pltpu.VMEM((c, plan.keys), v.dtype),
+                *[pltpu.VMEM((plan.keys, plan.parts[0].size), kind) for kind in (jnp.float32, v.dtype)],
+                pltpu.VMEM((plan.heads, c, plan.keys), v.dtype),
             ],
         ),
         parallel=(True, True, False),
@@ -444,15 +546,16 @@ def backward(
     """Gradients of q, k and v."""
     b, c = q.shape[0], q.shape[3]
     chosen = config or tuning(device)
-    plan = _plan(q, k, chosen.backward, chosen.unit)
+    plan = _plan(q, k, chosen.backward, chosen)
     ranges = _intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
-    of_whole = pl.BlockSpec((1, plan.num_keys, c), lambda head, *_: (head, 0, 0))
+    of_whole = pl.BlockSpec((plan.heads, plan.num_keys, c), lambda program, *_: (program, 0, 0))
     by_head = partial(_by_head, kv_heads=plan.kv_heads)
     padding = (0, 0), (0, 0), (0, plan.padded - plan.packed)
     lse = jnp.pad(by_head(lse[..., None])[:, None, :, 0], padding, constant_values=NO_KEYS)
     heads = b * plan.kv_heads
-    sums = [(1, plan.rows), (c, plan.rows), *2 * [(plan.blocks * plan.keys, c)]]
+    sums = [(c if plan.blocks > 1 else 1, plan.rows), *2 * [(plan.heads, plan.blocks * plan.keys, c)]]
+    halves = [*2 * [(plan.keys, plan.parts[0].size)], (plan.heads, c, plan.keys)]
     dq, dk, dv = launch(
         partial(_backward, scale=scale, plan=plan),
         [
@@ -470,10 +573,13 @@ def backward(
         device=device,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(heads, plan.tiles, plan.blocks),
+            grid=(heads // plan.heads, plan.tiles, plan.blocks),
             in_specs=[of_ranges, of_rows, of_keys, of_keys, of_rows, of_lse, of_rows],
             out_specs=[of_rows, of_whole, of_whole],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+            scratch_shapes=[
+                *[pltpu.VMEM(shape, jnp.float32) for shape in sums],
+                *[pltpu.VMEM(shape, q.dtype) for shape in halves],
+            ],
         ),
         parallel=(True, False, False),
         cost=_cost(q, k, products=5, passes=4),
