@@ -16,13 +16,15 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, Partition
 from pi0fast import targets
 from pi0fast_kernels import ATTENTION_RESIDUALS, _dispatch, _mosaic_tpu, prefix_lm_attention
 from pi0fast_kernels._dispatch import Device
-from pi0fast_kernels.prefix_lm_attention import api, cases, mosaic_tpu, reference
-from pi0fast_kernels.prefix_lm_attention.mosaic_tpu import Tile, TuningConfig
+from pi0fast_kernels.prefix_lm_attention import api, cases, mosaic_tpu, reference, tpu_tiles
+from pi0fast_kernels.prefix_lm_attention.tpu_tiles import Tile, TuningConfig
 from tests.kernels.tpu_interpreter import race_free
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
-SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16, 2)], unit=128, fill=32)
+SLOW = pytest.mark.slow
+SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16, 1)], unit=128, fill=32)
+SINGLE = TuningConfig(*3 * [Tile(32, 0, 64, 16, 8, 2)], unit=16, fill=16)  # one block, of chunks
 
 
 class Shape(NamedTuple):
@@ -49,6 +51,18 @@ def random_ranges(shape: Shape, seed=0):
     length = rng.choice([-1, 0, 1, shape.s // 2, shape.s, 2 * shape.s], (shape.b, shape.t))
     length[1:] = 0
     return jnp.asarray(start, jnp.int32), jnp.asarray(start + length, jnp.int32)
+
+
+def suffix_ranges(shape: Shape, seed=0):
+    """From one of the first 8 keys to one of the last 8; one row, or of several examples one, sees nothing."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(0, 8, (shape.b, shape.t))
+    end = rng.integers(shape.s - 8, shape.s + 1, (shape.b, shape.t))
+    if shape.b > 1:
+        end[-1] = 0
+    else:
+        end[0, 1] = 0
+    return jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
 
 
 def whole_ranges(shape: Shape):
@@ -94,7 +108,8 @@ def agree(actual, exact, start, end, shape: Shape) -> None:
     ("shape", "ranges", "config"),
     [
         pytest.param(Shape(2, 21, 21, 4, 1, 32), random_ranges, None, id="pi0 prefix"),
-        pytest.param(Shape(1, 5, 27, 8, 1, 256), random_ranges, None, id="pi0 suffix"),
+        pytest.param(Shape(2, 3, 22, 8, 1, 256), suffix_ranges, SINGLE, id="pi0 suffix, two examples a program"),
+        pytest.param(Shape(1, 5, 22, 8, 1, 16), suffix_ranges, SINGLE, id="one block, several tiles", marks=SLOW),
         pytest.param(Shape(1, 19, 19, 2, 2, 72), whole_ranges, None, id="siglip"),
         pytest.param(Shape(2, 7, 33, 6, 2, 64), random_ranges, None, id="grouped"),
         pytest.param(Shape(2, 35, 70, 4, 1, 16), random_ranges, SMALL, id="several blocks, neither end aligned"),
@@ -345,4 +360,4 @@ def test_compiles_inside_shard_map_and_checkpoint(uncached):
 def test_every_generation_is_tuned(generation):
     device = Device("tpu", KINDS[generation], None, 1)
     assert _mosaic_tpu.generation(device) == generation
-    assert mosaic_tpu.tuning(device) is mosaic_tpu.TUNING[generation]
+    assert tpu_tiles.tuning(device) is tpu_tiles.TUNING[generation]

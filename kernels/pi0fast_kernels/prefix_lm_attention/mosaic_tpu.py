@@ -11,10 +11,20 @@ row has one of (its interval, maximum, sum) then lies along lanes, and a row's m
 Up to `Tile.single` keys are one block, which stays in VMEM for all rows of an example, and the softmax is a plain one.
 More keys come in blocks, and the softmax runs online in base 2 (Dao 2023, https://arxiv.org/abs/2307.08691). The blocks
 that a tile of rows may see are known before the kernel starts (prefetched scalars): the others are neither loaded nor
-computed, and those that every row sees whole are not masked.
+computed, and those that every row sees whole are not masked. A single block is masked in its first and last chunk only
+where all rows see what lies between.
 
 The backward pass is one kernel of five products. A TPU's programs run one after another, so dk and dv are summed in
 VMEM over the rows of an example and key/value head, and results are the same from run to run.
+
+Schedule (derived, and read in compiled code): on v6e the two products of a register of 8 × 128 logits keep the matrix
+units busy for 2 cycles (8 on v5e), in which the vector unit has 8 slots. The softmax takes 4.5 of them and summing
+products over chunks 1.2; a whole mask would take 4 more. So both must be busy side by side, which the compiler arranges
+within straight code only: at each branch v6e's matrix units idle for some 350 cycles, until the first results come out
+and after the last product went in. Hence many parts of a tile are unrolled, and three are in work at once: the products
+with v of one, the weights of the next, the logits of the one after. v6e sums 256 products at a time, so values of 816
+keys cost there what 1024 do; with that, and rows and keys past the valid ones, 1.19 times the bound of the visible
+pairs is the least for the prefix of Pi0.
 
 Numerics: products accumulate in float32 (those of float32 arrays are exact to float32); the weights are rounded to v's
 dtype before they multiply v (before they are normalised, where the reference rounds after), and the logits' gradients
@@ -24,10 +34,8 @@ Backend: with more than one key/value head XLA moves the heads in front of the t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +45,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
-from pi0fast_kernels._mosaic_tpu import generation, launch
+from pi0fast_kernels._mosaic_tpu import launch
+from pi0fast_kernels.prefix_lm_attention import tpu_tiles
+from pi0fast_kernels.prefix_lm_attention.tpu_tiles import Part, Plan, TuningConfig
 
 LOG2_E = 1.4426950408889634
 MASKED = -1e30  # a logit that is not seen
@@ -45,149 +55,15 @@ FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 LANES = 128
 VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut up.
-
-    rows: of one tile. keys: of one block. single: up to how many keys are one block whatever `keys` says.
-    part, chunk: how many rows and how many keys are multiplied at once. heads: up to how many key/value heads a program
-        takes that have one tile and one block each.
-    """
-
-    rows: int
-    keys: int
-    single: int
-    part: int
-    chunk: int
-    heads: int
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel.
-
-    unit: columns of a matrix unit; the rows of a tile are a multiple of it. fill: how many rows could be multiplied
-        while the matrix units fill and drain once.
-    """
-
-    forward: Tile
-    few_rows: Tile
-    backward: Tile
-    unit: int
-    fill: int
-
-
-# Compared by the compiler's bundles at Pi0's prefix and suffix, on v5e and v6e; v5p has v5e's units and takes its
-# tiles. Nothing here has been timed on a TPU.
-V5 = TuningConfig(
-    forward=Tile(512, 512, 1024, 256, 256, heads=2),
-    few_rows=Tile(512, 256, 0, 512, 256, heads=1),
-    backward=Tile(512, 512, 1024, 256, 256, heads=1),
-    unit=128,
-    fill=32,
-)
-V6 = TuningConfig(
-    forward=Tile(3328, 512, 1024, 256, 256, heads=4),
-    few_rows=Tile(512, 256, 0, 512, 256, heads=1),
-    backward=Tile(1792, 512, 1024, 256, 256, heads=4),
-    unit=256,
-    fill=384,
-)
-TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How one call is cut up. rows, keys: of one tile and block. packed: rows of one key/value head. heads: of one
-    program."""
-
-    rows: int
-    keys: int
-    packed: int
-    num_keys: int
-    kv_heads: int
-    heads: int
-    part: int
-    chunk: int
-
-    @property
-    def parts(self) -> list["_Part"]:
-        return [_Part(head, rows) for head in range(self.heads) for rows in _cut(self.rows, self.part)]
-
-    @property
-    def chunks(self) -> list[slice]:
-        return _cut(self.keys, self.chunk)
-
-    @property
-    def inner(self) -> slice:
-        """The keys of a block in which a row that sees any sees all, or the block is masked throughout: of a block
-        that has all keys, those between its first and its last chunk."""
-        if self.blocks > 1 or len(self.chunks) == 1:
-            return slice(0, self.keys)
-        return slice(self.chunks[0].stop, self.chunks[-1].start)
-
-    @property
-    def tiles(self) -> int:
-        return pl.cdiv(self.packed, self.rows)
-
-    @property
-    def blocks(self) -> int:
-        return pl.cdiv(self.num_keys, self.keys)
-
-    @property
-    def padded(self) -> int:
-        return self.tiles * self.rows
-
-    @property
-    def examples(self) -> int:
-        """That a program takes the heads of."""
-        return self.heads if self.kv_heads == 1 else 1
-
-    def example(self, program):
-        """Which of the groups of so many examples a program is of."""
-        return lax.div(program, jnp.int32(max(self.kv_heads // self.heads, 1)))
-
-    def tile(self, program, tile):
-        """Where the prefetched scalars of a tile are."""
-        return self.example(program) * self.tiles + tile
-
-
-class _Part(NamedTuple):
-    """Rows of one of a program's heads."""
-
-    head: int
-    rows: slice
-
-    @property
-    def size(self) -> int:
-        return self.rows.stop - self.rows.start
 
 
 def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
     """Along lanes; registers side by side are added first, so that fewer are transposed."""
-    columns = [x[:, lanes] for lanes in _cut(x.shape[1], LANES)]
+    columns = [x[:, lanes] for lanes in tpu_tiles.cut(x.shape[1], LANES)]
     if x.shape[1] % LANES == 0:
         x = sum(columns[1:], columns[0])
     return jnp.sum(x.T, axis=0, keepdims=True)
-
-
-def _cut(size: int, piece: int) -> list[slice]:
-    return [slice(first, min(first + piece, size)) for first in range(0, size, piece)]
-
-
-def _plan(q, k, tile: Tile, config: TuningConfig) -> _Plan:
-    (b, t, n), (s, kv_heads) = q.shape[:3], k.shape[1:3]
-    packed = rows = t * n // kv_heads
-    if packed > tile.rows:
-        sizes = range(config.unit, tile.rows + 1, config.unit)
-        rows = min(sizes, key=lambda size: pl.cdiv(packed, size) * (size + config.fill))
-    keys = s if s <= max(tile.single, tile.keys) else tile.keys
-    alike = b if kv_heads == 1 else kv_heads  # heads that a program can take
-    heads = max(n for n in range(1, tile.heads + 1) if alike % n == 0) if packed == rows and keys == s else 1
-    return _Plan(rows, keys, packed, s, kv_heads, heads, tile.part, tile.chunk)
 
 
 def _dot(a, b, over: tuple[int, int]):
@@ -197,13 +73,13 @@ def _dot(a, b, over: tuple[int, int]):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _interval(ranges, part: _Part) -> tuple[Int[Array, "1 rows"], Int[Array, "1 rows"]]:
-    """The keys that each row sees, from and to."""
+def _interval(ranges, part: Part) -> tuple[Int[Array, "1 rows"], Int[Array, "1 rows"]]:
+    """The keys that each row sees, from and to; heads of one example see the same."""
     example = min(part.head, ranges.shape[0] - 1)
     return ranges[example, 0:1, part.rows], ranges[example, 1:2, part.rows]
 
 
-def _logits(q, k, ranges, part: _Part, keys: slice, block, masked: bool, scale: float, plan: _Plan):
+def _logits(q, k, ranges, part: Part, keys: slice, block, masked: bool, scale: float, plan: Plan):
     """Of a chunk of a block's keys, in base 2. [keys, rows]."""
     logits = _dot(k[part.head, keys], q[part.head, part.rows], (1, 1)) * (scale * LOG2_E)
     start, end = _interval(ranges, part)
@@ -215,7 +91,7 @@ def _logits(q, k, ranges, part: _Part, keys: slice, block, masked: bool, scale: 
     return logits
 
 
-def _staggered(parts: list[_Part], *stages: Callable[[_Part], Iterator[None]]) -> None:
+def _staggered(parts: list[Part], *stages: Callable[[Part], Iterator[None]]) -> None:
     """Every stage on every part, each stage one part behind the one before it.
 
     The stages take turns at every `yield`, the last one first: what they compute then is independent, so that the
@@ -227,7 +103,7 @@ def _staggered(parts: list[_Part], *stages: Callable[[_Part], Iterator[None]]) -
             pass
 
 
-def _clear_past_end(block, plan: _Plan, *refs) -> None:
+def _clear_past_end(block, plan: Plan, *refs) -> None:
     """Zeros where the last block of keys has none: whatever is there would spoil sums, zero weights or not."""
     if plan.num_keys % plan.keys:
 
@@ -237,8 +113,8 @@ def _clear_past_end(block, plan: _Plan, *refs) -> None:
                 ref[0, plan.num_keys % plan.keys :] = jnp.zeros_like(ref[0, plan.num_keys % plan.keys :])
 
 
-def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> jax.Array:
-    """`run(masked)` if the tile sees any of the block's keys; whether it does."""
+def _where_seen(hulls, plan: Plan, block, run: Callable[[bool], None]) -> jax.Array:
+    """`run(masked)` if the tile sees any of the block's keys; whether it does. masked: `plan.inner` must be, too."""
     first, last, whole_from, whole_to = (hulls[i, plan.tile(pl.program_id(0), pl.program_id(1))] for i in range(4))
     partly = (block * plan.keys + plan.inner.start < whole_from) | (block * plan.keys + plan.inner.stop > whole_to)
     seen = (first <= block) & (block < last)
@@ -248,11 +124,11 @@ def _where_seen(hulls, plan: _Plan, block, run: Callable[[bool], None]) -> jax.A
 
 
 def _forward(
-    hulls, ranges, q, k, v, out, lse, maximum, total, summed, logits, weights, values, *, scale: float, plan: _Plan
+    hulls, ranges, q, k, v, out, lse, maximum, total, summed, logits, weights, values, *, scale: float, plan: Plan
 ):
     block = pl.program_id(2)
 
-    def finish(part: _Part, attended, whole, highest):
+    def finish(part: Part, attended, whole, highest):
         # A row that sees nothing was left unmasked where the others see all.
         start, end = _interval(ranges, part)
         whole = jnp.where(start < end, whole, 1.0)
@@ -265,7 +141,7 @@ def _forward(
             values[head] = v[head].T
         highest, whole = {}, {}  # of a part's rows
 
-        def multiply(part: _Part):
+        def multiply(part: Part):
             shape = (1, part.size)
             highest[part] = jnp.full(shape, FLOOR) if plan.blocks == 1 else maximum[:, part.rows]
             for keys in plan.chunks:
@@ -274,7 +150,7 @@ def _forward(
                 logits[keys, : part.size] = some
                 yield
 
-        def weigh(part: _Part):
+        def weigh(part: Part):
             whole[part] = jnp.zeros((1, part.size), jnp.float32)
             for keys in plan.chunks:
                 some = jnp.exp2(logits[keys, : part.size] - highest[part])
@@ -282,8 +158,8 @@ def _forward(
                 weights[keys, : part.size] = some.astype(weights.dtype)
                 yield
 
-        def attend(part: _Part):
-            attended = 0.0
+        def attend(part: Part):
+            attended = jnp.zeros((), jnp.float32)
             for keys in plan.chunks:
                 attended += _dot(values[part.head, :, keys], weights[keys, : part.size], (1, 0))
                 yield
@@ -342,10 +218,9 @@ def _backward(
     transposed,
     *,
     scale: float,
-    plan: _Plan,
+    plan: Plan,
 ):
     tile, block = pl.program_id(1), pl.program_id(2)
-
     alone = plan.tiles == plan.blocks == 1  # every sum begins and ends in this program
 
     @pl.when((tile == 0) & (block == 0) & (not alone))
@@ -366,7 +241,7 @@ def _backward(
             transposed[head] = k[head].T
         first = pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0
 
-        def weigh(part: _Part):
+        def weigh(part: Part):
             head, rows = part
             delta = _row_sums(out[head, rows].astype(jnp.float32) * dout[head, rows].astype(jnp.float32))
             for keys in plan.chunks:
@@ -377,9 +252,9 @@ def _backward(
                 dlogits[keys, : part.size] = (some * (dweights - delta)).astype(dlogits.dtype)
                 yield
 
-        def attend(part: _Part):
+        def attend(part: Part):
             head, rows = part
-            dquery = 0.0
+            dquery = jnp.zeros((), jnp.float32)
             for keys in plan.chunks:
                 there = pl.ds(first + keys.start, keys.stop - keys.start)
                 dvalue = _dot(weights[keys, : part.size], dout[head, rows], (1, 0))
@@ -439,25 +314,7 @@ def _by_token(x: Float[Array, "B*K L*H/K C"], shape: tuple[int, ...], kv_heads: 
     return jnp.moveaxis(x, 1, 2).reshape(shape)
 
 
-def _intervals(key_start, key_end, plan: _Plan) -> Int[Array, "B 2 rows"]:
-    """The keys that each row sees, cut to those that exist; rows past the end see none."""
-    bounds = jnp.stack([jnp.maximum(key_start, 0), jnp.minimum(key_end, plan.num_keys)], axis=1)
-    rows = jnp.repeat(bounds, plan.packed // key_start.shape[1], axis=2)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.padded - plan.packed)))
-
-
-def _hulls(ranges: Int[Array, "B 2 rows"], plan: _Plan) -> Int[Array, "4 tiles"]:
-    """Of each tile the first block and the last (exclusive), and between which keys rows that see any see all."""
-    start, end = jnp.moveaxis(ranges.reshape(-1, plan.examples, 2, plan.tiles, plan.rows), 2, 0)
-    sees, every = start < end, (1, 3)
-    last = pl.cdiv(jnp.max(jnp.where(sees, end, 0), every), plan.keys)
-    first = jnp.minimum(jnp.min(jnp.where(sees, start, plan.num_keys), every) // plan.keys, last)
-    whole_from = jnp.max(jnp.where(sees, start, 0), every)
-    whole_to = jnp.min(jnp.where(sees, end, plan.num_keys), every)
-    return jnp.stack([bound.reshape(-1) for bound in (first, last, whole_from, whole_to)])
-
-
-def _specs(plan: _Plan, c: int) -> tuple[pl.BlockSpec, ...]:
+def _specs(plan: Plan, c: int) -> tuple[pl.BlockSpec, ...]:
     """Blocks of ranges, of rows, of keys (one that is repeated is not loaded again), of what each row has one of."""
 
     def key_block(program, tile, block, hulls):
@@ -477,11 +334,6 @@ def _cost(q, k, products: int, passes: int) -> tuple[int, int, int]:
     return 2 * products * pairs * q.shape[3], passes * (q.size + k.size) * q.dtype.itemsize, pairs
 
 
-def tuning(device: _dispatch.Device) -> TuningConfig:
-    """The tiles for a TPU; the interpreter takes those of the newest."""
-    return TUNING[generation(device) or "v6e"]
-
-
 def forward(
     q: Float[Array, "B T N C"],
     k: Float[Array, "B S K C"],
@@ -495,15 +347,15 @@ def forward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
     """The attended values, and the logsumexp of each row's logits."""
     b, t, n, c = q.shape
-    chosen = config or tuning(device)
+    chosen = config or tpu_tiles.tuning(device)
     few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
-    plan = _plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
-    ranges = _intervals(key_start, key_end, plan)
+    plan = tpu_tiles.plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
+    ranges = tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     heads = b * plan.kv_heads
     out, lse = launch(
         partial(_forward, scale=scale, plan=plan),
-        [_hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
+        [tpu_tiles.hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
         [
             jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
             jax.ShapeDtypeStruct((heads, 1, plan.padded), jnp.float32),
@@ -545,9 +397,9 @@ def backward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """Gradients of q, k and v."""
     b, c = q.shape[0], q.shape[3]
-    chosen = config or tuning(device)
-    plan = _plan(q, k, chosen.backward, chosen)
-    ranges = _intervals(key_start, key_end, plan)
+    chosen = config or tpu_tiles.tuning(device)
+    plan = tpu_tiles.plan(q, k, chosen.backward, chosen)
+    ranges = tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     of_whole = pl.BlockSpec((plan.heads, plan.num_keys, c), lambda program, *_: (program, 0, 0))
     by_head = partial(_by_head, kv_heads=plan.kv_heads)
@@ -559,7 +411,7 @@ def backward(
     dq, dk, dv = launch(
         partial(_backward, scale=scale, plan=plan),
         [
-            _hulls(ranges, plan),
+            tpu_tiles.hulls(ranges, plan),
             ranges,
             *map(by_head, (q, k, v, out)),
             lse,
