@@ -16,6 +16,7 @@ from pi0fast_kernels.prefix_lm_attention import cases as attentions
 
 ATTENTION, NORM = "prefix_lm_attention", "ada_rms_norm"
 CHIPS = 8  # of a recorded step
+GOALS = {False: 1.3, True: 1.6}  # times the MXU bound, forward and backward
 # Units whose operations are shown for each cycle, and what of `tpu_bundles.UNITS` they run.
 SHOWN = {
     "arithmetic": ("arithmetic",),
@@ -33,6 +34,23 @@ def best(found: Found, target: str, op: str, case: str, backward: bool, contende
     """Of a peer's blocks, those whose kernels are the fastest; None where nothing was compiled."""
     made = [x for job, x in found.items() if job[:5] == (target, op, case, backward, contender) and x.error is None]
     return min(made, key=lambda x: (x.kernel_s, x.seconds), default=None)
+
+
+def goals(found: Found) -> str:
+    """Ours at Pi0's training shape: against `GOALS`, and against the faster peer's kernels."""
+    header = ["chip", "case", "pass", "× MXU bound", "goal", "met", "faster peer", "ours takes, of its time"]
+
+    def rows() -> Iterable[list[str]]:
+        for x in _ours(found, ATTENTION, ["pi0_prefix", "pi0_suffix"]):
+            peers = [y for peer in PEERS if (y := best(found, *x.job[:4], peer))]
+            ratio, goal = x.kernel_s / x.bound_s, GOALS[x.job.backward]
+            row = [*_name(x), f"{ratio:.2f}", f"{goal}", "yes" if ratio <= goal else "no"]
+            if peers:
+                fastest = min(peers, key=lambda y: y.kernel_s)
+                row += [fastest.job.contender, f"{x.kernel_s / fastest.kernel_s:.0%}"]
+            yield row
+
+    return _markdown(header, rows())
 
 
 def comparison(found: Found) -> str:
@@ -205,6 +223,7 @@ def _markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 def main(folder: Path) -> None:
     found = load(folder / RAW)
     tables: dict[str, Callable[[Found], str]] = {
+        "Pi0's training shape": goals,
         "Attention beside its peers": comparison,
         "Attention": attention,
         "What is issued in a cycle": units,

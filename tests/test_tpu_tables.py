@@ -7,7 +7,7 @@ import pytest
 from bench.tpu_figures import OURS, Figures, Job, KernelFigures, read
 from bench.tpu_resources import BLOCKS, COMPARED, jobs
 from bench.tpu_steps import kernel_calls
-from bench.tpu_tables import attention, best, comparison, seconds, steps, units
+from bench.tpu_tables import attention, best, comparison, goals, seconds, steps, units
 from pi0fast.hlo import Program
 
 PREFIX = Job("v5e", "prefix_lm_attention", "pi0_prefix", False, OURS)
@@ -38,6 +38,12 @@ def test_of_a_peer_the_fastest_blocks_count():
 
 def test_peers_stand_beside_ours():
     assert "| 800 µs | 1000 µs (1.25 ×) | 2000 µs (2.50 ×) |  | 1200 µs | 2200 µs |  |  |" in comparison(FOUND)
+
+
+def test_goals_are_by_the_bound_and_the_faster_peer():
+    assert "| v5e | pi0_prefix | forward | 1.25 | 1.3 | yes | flash | 50% |" in goals(FOUND)
+    missed = {PREFIX: figures(PREFIX, 1.1e-3), FAST: FOUND[FAST]}
+    assert "| 1.38 | 1.3 | no | flash | 55% |" in goals(missed)
 
 
 def test_the_floor_is_the_longer_bound():
