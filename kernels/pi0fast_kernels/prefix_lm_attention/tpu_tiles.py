@@ -52,11 +52,11 @@ class TuningConfig:
 # v5p has v5e's units and takes its tiles. Larger tiles and programs save cycles, and take longer to compile: v6e's 13
 # parts of a tile are some 8,000 bundles, twice (masked and not). Nothing here has been timed on a TPU.
 V5 = TuningConfig(
-    forward=Tile(512, 512, 1024, 256, 256, heads=2),
+    forward=Tile(1024, 512, 1024, 256, 256, heads=2),
     few_rows=Tile(512, 512, 0, 128, 256, heads=1),
     backward=Tile(512, 512, 1024, 256, 256, heads=1),
     unit=128,
-    fill=32,
+    fill=64,
 )
 V6 = TuningConfig(
     forward=Tile(3328, 512, 1024, 256, 256, heads=4),
