@@ -173,6 +173,8 @@ class Kernel:
             elif x.name == "sbr.rel":
                 if runs is None:
                     raise ValueError(f"bundle {at:#x} branches on what is not known here")
+                if runs and x.arguments[0] not in self._starts:
+                    raise ValueError(f"bundle {at:#x} branches to region {x.arguments[0]}, which is nowhere")
                 target = self._starts[x.arguments[0]] if runs else target
                 continue
             elif x.name == "scalar":
