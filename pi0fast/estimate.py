@@ -164,7 +164,7 @@ def _walk(
             seconds = max(
                 int(cycles[1]) / CLOCKS[spec.kind] if cycles and spec.kind in CLOCKS else 0.0,
                 flops / spec.flops,
-                traffic / spec.bandwidth if not instruction.opcode.startswith("copy-") else 0.0,
+                traffic / spec.bandwidth if not instruction.opcode.startswith(("copy-", "slice-")) else 0.0,
             )
             now += seconds
             total.compute_s += times * seconds
@@ -235,6 +235,9 @@ def _traffic(program: Program, instruction: Instruction, types: dict[str, str]) 
         return 0.0
     if opcode == "copy-start":
         return _slow_bytes(hlo.arrays(instruction.type)[:2])
+    if opcode == "slice-start":
+        source, sliced, *_ = hlo.arrays(instruction.type)
+        return float(sliced.bytes * (2 - source.fast - sliced.fast))
     if opcode == "dynamic-slice":
         return 2.0 * _slow_bytes(hlo.arrays(instruction.type))
     if opcode == "dynamic-update-slice":

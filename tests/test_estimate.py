@@ -182,6 +182,23 @@ def test_slices_of_stacks_count_as_slices():
     assert estimate(Program(SLICED), spec, link_seconds).hbm_bytes == 2 * 4 * 4 * 4 + index
 
 
+# Of an array in main memory, a quarter is brought into on-chip memory beside the compute.
+PREFETCHED = """HloModule example, is_scheduled=true
+
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %start = ((f32[8,4]{1,0}), f32[2,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:4]}
+  ROOT %done = f32[2,4]{1,0:S(1)} slice-done(%start)
+}
+"""
+
+
+def test_a_slice_into_on_chip_memory_is_read_once_beside_the_compute():
+    spec = DeviceSpec("", flops=1.0, bandwidth=1.0, memory=0.0)
+    found = estimate(Program(PREFETCHED), spec, link_seconds)
+    assert (found.hbm_bytes, found.compute_s) == (2 * 4 * 4, 0.0)
+
+
 # A gather around a loop of five products.
 AROUND = """HloModule example, is_scheduled=true
 
