@@ -2,9 +2,9 @@
 
     python -m bench.tpu_resources --out=profiles/<folder>                      what is not there yet
     python -m bench.tpu_resources --out=… --again --contender=mosaic_tpu       ours once more
-    python -m bench.tpu_tables profiles/<folder>                               the tables of what is there
+    python -m bench.tpu.tables profiles/<folder>                               the tables of what is there
 
-Compiles for single chips that are not there, and runs the control flow of each kernel's code: `bench.tpu_figures` says
+Compiles for single chips that are not there, and runs the control flow of each kernel's code: `bench.tpu.figures` says
 how. Figures of a compiler and what is derived from them; nothing is measured. A job takes seconds, XLA's attention
 minutes.
 """
@@ -20,9 +20,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bench import provenance, tpu_figures
-from bench.tpu_figures import OURS, PEERS, TARGETS, Figures, Job
-from bench.tpu_peers import blocks
+from bench import provenance
+from bench.tpu import figures
+from bench.tpu.figures import OURS, PEERS, TARGETS, Figures, Job
+from bench.tpu.peers import blocks
 from pi0fast_kernels.ada_rms_norm import cases as norms
 from pi0fast_kernels.prefix_lm_attention import cases as attentions
 
@@ -64,19 +65,19 @@ def collect(chosen: Iterable[Job]) -> Iterator[Figures]:
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
             assert run.stdout is not None
             for line in run.stdout:
-                yield tpu_figures.read(json.loads(line))
+                yield figures.read(json.loads(line))
         if run.returncode:
             raise subprocess.CalledProcessError(run.returncode, command[:4])
 
 
 def _collect_here(folder: Path, chosen: list[list]) -> None:
     for names in chosen:
-        job = tpu_figures.job(names)
+        job = figures.job(names)
         try:
-            figures = tpu_figures.figures(job, folder)
+            found = figures.figures(job, folder)
         except ValueError as error:  # code that cannot be run; the others still can
-            figures = Figures(job, provenance.commit(), 0.0, 0.0, error=f"{type(error).__name__}: {error}")
-        print(json.dumps(dataclasses.asdict(figures)), flush=True)
+            found = Figures(job, provenance.commit(), 0.0, 0.0, error=f"{type(error).__name__}: {error}")
+        print(json.dumps(dataclasses.asdict(found)), flush=True)
 
 
 def main() -> None:
@@ -90,6 +91,8 @@ def main() -> None:
     if arguments.collect:
         _collect_here(Path(arguments.collect[0]), json.loads(arguments.collect[1]))
         return
+    if arguments.out is None:
+        parser.error("give --out, the folder of the record")
     raw = arguments.out / RAW
     there = load(raw)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -99,17 +102,17 @@ def main() -> None:
         if (arguments.again or job not in there)
         and all(getattr(arguments, x) is None or getattr(job, x) in getattr(arguments, x) for x in FILTERS)
     ]
-    for figures in collect(chosen):
-        there[figures.job] = figures
+    for found in collect(chosen):
+        there[found.job] = found
         lines = (json.dumps(dataclasses.asdict(there[job])) for job in jobs() if job in there)
         raw.write_text("\n".join(lines) + "\n")
-        print(*figures.job, figures.error or f"{figures.kernel_s * 1e6:.0f} us", flush=True)
+        print(*found.job, found.error or f"{found.kernel_s * 1e6:.0f} us", flush=True)
 
 
 def load(raw: Path) -> dict[Job, Figures]:
     """What was collected before."""
     lines = raw.read_text().splitlines() if raw.exists() else []
-    return {figures.job: figures for figures in map(tpu_figures.read, map(json.loads, lines))}
+    return {found.job: found for found in map(figures.read, map(json.loads, lines))}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each step from a process of its own, a few minutes each, what is there already left out. `pi0fast.plan` compiles and
 estimates; but for it, an attention kernel runs at the peak. So the record also says what of its estimate these kernels
-are, and how often each runs on which shape, for a table that puts the cycles of their code (`bench.tpu_figures`) there.
+are, and how often each runs on which shape, for a table that puts the cycles of their code (`bench.tpu.figures`) there.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """How long an attention kernel takes on an H100, derived from its machine code: the bound of its busiest unit.
 
-Nothing here was measured. A loop's instructions are counted (`bench.hopper.sass`); each unit of a streaming multiprocessor
-(SM) takes so many of them a cycle; a block of rows × keys cannot take less than its busiest unit. The tiles of a case,
-from the ranges of its queries, are handed to SMs as the kernel's grid does, and the last SM to end decides.
+Nothing here was measured. A loop's instructions are counted (`bench.hopper.sass`); each unit of a streaming
+multiprocessor (SM) takes so many of them a cycle; a block of rows × keys cannot take less than its busiest unit. The
+tiles of a case, from the ranges of its queries, are handed to SMs as the kernel's grid does, and the last SM to end
+decides.
 
 The constants, and where each is from:
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.tpu_figures import OURS, TARGETS, Job, find
+from bench.tpu.figures import OURS, TARGETS, Job, find
 from bench.tpu_resources import collect
 
 pytestmark = pytest.mark.slow

@@ -16,8 +16,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, Partition
 from pi0fast import targets
 from pi0fast_kernels import ATTENTION_RESIDUALS, _dispatch, _mosaic_tpu, prefix_lm_attention
 from pi0fast_kernels._dispatch import Device
-from pi0fast_kernels.prefix_lm_attention import api, cases, mosaic_tpu, reference, tpu_tiles
-from pi0fast_kernels.prefix_lm_attention.tpu_tiles import Tile, TuningConfig
+from pi0fast_kernels.prefix_lm_attention import api, cases, mosaic_tpu, mosaic_tpu_tiles, reference
+from pi0fast_kernels.prefix_lm_attention.mosaic_tpu_tiles import Tile, TuningConfig
 from tests.kernels.tpu_interpreter import race_free
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
@@ -360,4 +360,4 @@ def test_compiles_inside_shard_map_and_checkpoint(uncached):
 def test_every_generation_is_tuned(generation):
     device = Device("tpu", KINDS[generation], None, 1)
     assert _mosaic_tpu.generation(device) == generation
-    assert tpu_tiles.tuning(device) is tpu_tiles.TUNING[generation]
+    assert mosaic_tpu_tiles.tuning(device) is mosaic_tpu_tiles.TUNING[generation]

@@ -46,8 +46,8 @@ from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_tpu import launch
-from pi0fast_kernels.prefix_lm_attention import tpu_tiles
-from pi0fast_kernels.prefix_lm_attention.tpu_tiles import Part, Plan, TuningConfig
+from pi0fast_kernels.prefix_lm_attention import mosaic_tpu_tiles
+from pi0fast_kernels.prefix_lm_attention.mosaic_tpu_tiles import Part, Plan, TuningConfig
 
 LOG2_E = 1.4426950408889634
 MASKED = -1e30  # a logit that is not seen
@@ -60,7 +60,7 @@ FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one
 
 def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
     """Along lanes; registers side by side are added first, so that fewer are transposed."""
-    columns = [x[:, lanes] for lanes in tpu_tiles.cut(x.shape[1], LANES)]
+    columns = [x[:, lanes] for lanes in mosaic_tpu_tiles.cut(x.shape[1], LANES)]
     if x.shape[1] % LANES == 0:
         x = sum(columns[1:], columns[0])
     return jnp.sum(x.T, axis=0, keepdims=True)
@@ -347,15 +347,15 @@ def forward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
     """The attended values, and the logsumexp of each row's logits."""
     b, t, n, c = q.shape
-    chosen = config or tpu_tiles.tuning(device)
+    chosen = config or mosaic_tpu_tiles.tuning(device)
     few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
-    plan = tpu_tiles.plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
-    ranges = tpu_tiles.intervals(key_start, key_end, plan)
+    plan = mosaic_tpu_tiles.plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
+    ranges = mosaic_tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     heads = b * plan.kv_heads
     out, lse = launch(
         partial(_forward, scale=scale, plan=plan),
-        [tpu_tiles.hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
+        [mosaic_tpu_tiles.hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
         [
             jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
             jax.ShapeDtypeStruct((heads, 1, plan.padded), jnp.float32),
@@ -397,9 +397,9 @@ def backward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """Gradients of q, k and v."""
     b, c = q.shape[0], q.shape[3]
-    chosen = config or tpu_tiles.tuning(device)
-    plan = tpu_tiles.plan(q, k, chosen.backward, chosen)
-    ranges = tpu_tiles.intervals(key_start, key_end, plan)
+    chosen = config or mosaic_tpu_tiles.tuning(device)
+    plan = mosaic_tpu_tiles.plan(q, k, chosen.backward, chosen)
+    ranges = mosaic_tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     of_whole = pl.BlockSpec((plan.heads, plan.num_keys, c), lambda program, *_: (program, 0, 0))
     by_head = partial(_by_head, kv_heads=plan.kv_heads)
@@ -411,7 +411,7 @@ def backward(
     dq, dk, dv = launch(
         partial(_backward, scale=scale, plan=plan),
         [
-            tpu_tiles.hulls(ranges, plan),
+            mosaic_tpu_tiles.hulls(ranges, plan),
             ranges,
             *map(by_head, (q, k, v, out)),
             lse,

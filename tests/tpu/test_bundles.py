@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.tpu_bundles import Kernel
-from bench.tpu_scalars import words
+from bench.tpu.bundles import Kernel
+from bench.tpu.scalars import words
 
-CODE = {name: (Path(__file__).parent / "golden/tpu_bundles" / f"{name}.txt").read_text() for name in ("v5e", "v5p")}
+CODE = {name: (Path(__file__).parent / "bundles" / f"{name}.txt").read_text() for name in ("v5e", "v5p")}
 # Of a tile: the first block, the last (exclusive), and between which keys rows that see any see all.
 WHOLE, PARTLY, MIDDLE, NOTHING = (0, 3, 0, 384), (0, 3, 0, 300), (1, 2, 128, 256), (0, 0, 0, 384)
 MATMULS = 2 * 128 // 16  # of one block: two products of 128 × 128 × 128, of 16 rows each

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bench.tpu_scalars import scalars, words
+from bench.tpu.scalars import scalars, words
 
 
 def scaled(x, bounds, name="kernel"):

@@ -1,6 +1,6 @@
 """The tables of a record that `bench.tpu_resources` and `bench.tpu_steps` made.
 
-python -m bench.tpu_tables profiles/<folder>
+python -m bench.tpu.tables profiles/<folder>
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from bench.tpu_figures import OURS, PEERS, TARGETS, Figures, Job
+from bench.tpu.figures import OURS, PEERS, TARGETS, Figures, Job
 from bench.tpu_resources import COMPARED, RAW, XLA, load
 from bench.tpu_steps import BATCH, STEPS
 from pi0fast_kernels.ada_rms_norm import cases as norms
@@ -17,7 +17,7 @@ from pi0fast_kernels.prefix_lm_attention import cases as attentions
 ATTENTION, NORM = "prefix_lm_attention", "ada_rms_norm"
 CHIPS = 8  # of a recorded step
 GOALS = {False: 1.3, True: 1.6}  # times the MXU bound, forward and backward
-# Units whose operations are shown for each cycle, and what of `tpu_bundles.UNITS` they run.
+# Units whose operations are shown for each cycle, and what of `bundles.UNITS` they run.
 SHOWN = {
     "arithmetic": ("arithmetic",),
     "transcendental": ("transcendental",),

@@ -116,7 +116,7 @@ class Kernel:
             self._next[at] = at if self._operations[at] else self._next[at + 1]
 
     def run(self, scalars: Sequence[np.ndarray] = (), matmul_cycles: int = 0, limit: int = 10**9) -> Run:
-        """scalars: the first operands, as `tpu_scalars.words`. matmul_cycles: how long a matrix unit
+        """scalars: the first operands, as `scalars.words`. matmul_cycles: how long a matrix unit
         takes for one operation. limit: of bundles issued; beyond it a loop is taken for one that does not end.
 
         Raises:

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from bench.tpu_figures import OURS, Figures, Job, KernelFigures, read
+from bench.tpu.figures import OURS, Figures, Job, KernelFigures, read
+from bench.tpu.tables import attention, best, comparison, goals, seconds, steps, units
 from bench.tpu_resources import BLOCKS, COMPARED, jobs
 from bench.tpu_steps import kernel_calls
-from bench.tpu_tables import attention, best, comparison, goals, seconds, steps, units
 from pi0fast.hlo import Program
 
 PREFIX = Job("v5e", "prefix_lm_attention", "pi0_prefix", False, OURS)

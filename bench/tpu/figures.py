@@ -1,10 +1,10 @@
 """One direction of one case, compiled for one TPU: what its kernels take, and what XLA does around them.
 
-A kernel takes the longer of two: the cycles of its code (`bench.tpu_bundles`), and what it copies at the bandwidth.
+A kernel takes the longer of two: the cycles of its code (`bench.tpu.bundles`), and what it copies at the bandwidth.
 XLA's own instructions (padding, transposes, the scalars) are estimated as in `pi0fast.estimate`. The whole takes at
 least its memory traffic at the bandwidth. Estimates by the compiler, or derived from its code; nothing is measured.
 
-libtpu must have been told where to write what it makes: `tpu_bundles` says how.
+libtpu must have been told where to write what it makes: `bundles` says how.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bench import provenance, tpu_bundles, tpu_peers
-from bench.tpu_scalars import scalars, words
+from bench import provenance
+from bench.tpu import bundles, peers
+from bench.tpu.scalars import scalars, words
 from pi0fast import flops, hlo, targets
 from pi0fast.estimate import CLOCKS, estimate
 from pi0fast.flops import DeviceSpec
@@ -26,7 +27,7 @@ from pi0fast_kernels.ada_rms_norm import cases as norms
 from pi0fast_kernels.prefix_lm_attention import cases as attentions
 
 OURS = "mosaic_tpu"
-PEERS = {"flash": tpu_peers.flash, "splash": tpu_peers.splash}
+PEERS = {"flash": peers.flash, "splash": peers.splash}
 MATMUL_ROWS = 16  # that one operation of a matrix unit multiplies, in bfloat16
 
 
@@ -81,7 +82,7 @@ class Job(NamedTuple):
 @dataclass(frozen=True)
 class KernelFigures:
     """seconds: the longer of cycles and copies. vmem: bytes. bundles, spills: in the code; all else of
-    `tpu_bundles.Run`."""
+    `bundles.Run`."""
 
     name: str
     seconds: float
@@ -141,7 +142,7 @@ def figures(job: Job, dumped: Path) -> Figures:
     """dumped: the folder where libtpu writes; what is there is removed first.
 
     Raises:
-        ValueError: code that `tpu_bundles` cannot run, or products faster than the peak.
+        ValueError: code that `bundles` cannot run, or products faster than the peak.
     """
     target = TARGETS[job.target]
     spec = target.spec
@@ -164,7 +165,7 @@ def figures(job: Job, dumped: Path) -> Figures:
             given = next((x for kernel, x in prefetched.items() if re.fullmatch(rf"{kernel}(\.\d+)?", call.name)), [])
             prefix = [words(x, types[operand]) for x, operand in zip(given, call.operands, strict=False)]
             (path,) = (path for path in dumped.glob(f"*-{call.name}-*") if "schedule-analysis" not in path.name)
-            code = tpu_bundles.Kernel(path.read_text())
+            code = bundles.Kernel(path.read_text())
             run = code.run(prefix, target.matmul_cycles)
             seconds = max(run.cycles / target.clock, run.bytes / spec.bandwidth)
             kernels.append(KernelFigures(call.name, seconds, _vmem(call.line), code.bundles, code.spills, *run))
@@ -218,7 +219,7 @@ def _op(job: Job, case: Any) -> tuple[Callable[..., Any], tuple[Any, ...], tuple
     ranges = jax.jit(lambda: case.inputs()[3:])()
     if job.contender in PEERS:
         assert job.blocks is not None
-        return PEERS[job.contender](case, tpu_peers.Blocks(*job.blocks)), shapes[:3], ranges
+        return PEERS[job.contender](case, peers.Blocks(*job.blocks)), shapes[:3], ranges
 
     def attend(*arrays):
         return prefix_lm_attention(*arrays, scale=case.scale, implementation=job.contender)
