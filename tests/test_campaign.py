@@ -103,12 +103,13 @@ def test_a_cpu_is_not_measured_by_mistake(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)
 def test_dry_run(tmp_path):
     """All of it, with tiny sizes, by its one command, where nothing is that reads data, videos or command lines."""
     missing = ("lerobot", "grain", "augmax", "tyro", "av", "torchcodec", "websockets", "beartype")
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n")
     out = tmp_path / "campaign"
-    command = ["bash", "bench/campaign.sh", "9", "--dry-run", f"--out={out}"]
+    command = ["bash", "bench/campaign.sh", "15", "--dry-run", f"--out={out}"]
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Compiles pi0_base's training step for one H100 that is not there, and prints what the program holds, as JSON.
 
-    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100 auto|reference|triton
+    JAX_PLATFORMS=cpu python -m tests.aot.compile_h100 auto|reference|triton|mosaic_gpu
 
 A process of its own: the tests' has Triton's interpreter, and JAX may not look for a GPU.
 """
