@@ -16,8 +16,9 @@ from pi0fast_kernels.prefix_lm_attention.cases import CASES
 pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs `uv sync --group aot`")
 
 ROOT = Path(__file__).parent.parent.parent
-SLOW = [case.name for case in CASES if case.name != "siglip"]
-SLOW += [f"{name}:{c}" for name in ("causal_gqa", "pi0_inference") for c in (64, 72, 96)] + ["pi0_inference:128"]
+SLOW = ["pi0_prefix", "pi0_inference"]
+LONG = [case.name for case in CASES if case.name not in ("siglip", *SLOW)]
+LONG += [f"{name}:{c}" for name in ("causal_gqa", "pi0_inference") for c in (64, 72, 96)] + ["pi0_inference:128"]
 BACKWARD = [f"{name}::backward" for name in ("pi0_suffix", "siglip", "causal_gqa")] + ["causal_gqa:64:backward"]
 
 
@@ -33,7 +34,8 @@ def compiled(*names: str) -> dict[str, Any]:
     "names",
     [
         pytest.param(["siglip"], id="siglip"),
-        pytest.param(SLOW, marks=pytest.mark.slow, id="others"),
+        pytest.param(SLOW, marks=pytest.mark.slow, id="pi0"),
+        pytest.param(LONG, marks=pytest.mark.long, id="others"),
         pytest.param(BACKWARD, marks=pytest.mark.slow, id="backward"),
     ],
 )
