@@ -150,7 +150,7 @@ def test_thirty_two_clients_for_a_minute(run):
         assert max(times) < 50
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_kill_loses_only_requests_in_flight(run):
     def wait_for_replies(program: Program):
         until(lambda: metric(program.port, "pi0fast_requests_total", outcome="ok") >= 200)

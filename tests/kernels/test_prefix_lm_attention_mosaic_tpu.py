@@ -321,7 +321,9 @@ def compiled(name: str, generation: str, backward: bool, dtype=jnp.bfloat16) -> 
     return str(lowered.compile().as_text())
 
 
-@pytest.mark.parametrize("generation", KINDS)
+@pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name == "v6e" else pytest.mark.long) for name in KINDS]
+)
 @pytest.mark.parametrize(
     "name",
     [
