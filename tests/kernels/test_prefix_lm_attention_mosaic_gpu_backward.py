@@ -202,3 +202,10 @@ def test_hulls():
         some = np.flatnonzero(rows.any(0))
         assert (first, last) == ((some[0] // 64, some[-1] // 64 + 1) if some.size else (0, 0))
         assert rows[rows.any(1), whole_from:whole_to].all()
+
+
+def test_too_few_slots_would_wait_forever():
+    with pytest.raises(ValueError, match="stages=1: .*give 2 or more"):
+        mosaic_gpu_dkv.Tile(64, 64, stages=1, cluster=1)
+    with pytest.raises(ValueError, match="slots=2: .*give 3 or more"):
+        mosaic_gpu_dq.Tile(64, slots=2)

@@ -79,6 +79,10 @@ class Tile:
     stages: int
     cluster: int
 
+    def __post_init__(self):
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages}: the next product begins before the last is summed; give 2 or more")
+
     def shared_memory(self, head_dim: int) -> int:
         """Bytes, without the barriers."""
         vectors, weights = self.stages * VECTORS * self.queries, self.keys * self.queries

@@ -63,6 +63,10 @@ class Tile:
     keys: int
     slots: int
 
+    def __post_init__(self):
+        if self.slots < 3:
+            raise ValueError(f"slots={self.slots}: k, v and the next k are held at once; give 3 or more")
+
     def shared_memory(self, head_dim: int) -> int:
         """Bytes, without the barriers."""
         return 2 * columns(head_dim) * (2 * QUERIES + self.slots * self.keys)
