@@ -3,8 +3,8 @@
 The forward kernel is in mosaic_gpu_forward.py, with why it exists; the backward pass in mosaic_gpu_backward.py.
 
 Few rows (inference) leave most of the GPU idle: there the keys are split over blocks of threads, and XLA combines the
-parts. In bytes (derived): 408 rows of head dimension 256 against 867 keys, each block of 64 keys apart,
-make parts of 6.4 MB, which the GPU's 50 MB of L2 cache hold; in turn 98 of 132 processors have work instead of 7.
+parts. In bytes (derived): 408 rows of head dimension 256 against 867 keys, each block of 64 keys apart, make parts of
+6.4 MB, which the GPU's 50 MB of L2 cache hold; in turn 98 of 132 processors have work instead of 7.
 """
 
 import itertools

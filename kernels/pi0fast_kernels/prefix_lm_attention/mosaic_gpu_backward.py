@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Int
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_gpu import SHARED_MEMORY
 from pi0fast_kernels.prefix_lm_attention import mosaic_gpu_dkv, mosaic_gpu_dq
-from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import LOG2_E
+from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import LOG2_E, NO_KEYS
 
 BARRIERS = 1024  # bytes of shared memory, at most
-NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
     BY_ROW,
     LAYOUT,
     LOG2_E,
+    NO_KEYS,
     Matrix,
     accumulator,
     add_product,
@@ -53,7 +54,6 @@ from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_tiles import (
 
 MASKED = -1e30  # a logit that is not seen
 FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
-NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 
 # Registers of a thread that copies and of one that multiplies, by how many warpgroups multiply: 65536 in all.
 REGISTERS = {2: (24, 240), 3: (32, 160)}

@@ -15,6 +15,7 @@ from pi0fast_kernels._mosaic_gpu import swizzled
 from pi0fast_kernels.prefix_lm_attention.mosaic_gpu_schedule import parts
 
 LOG2_E = 1.4426950408889634
+NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 
 # Two warpgroups multiply, the last one copies. Registers of a thread: 128 threads of each take all 65536 but 1024.
 CONSUMERS = 2
