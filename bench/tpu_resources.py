@@ -30,12 +30,11 @@ from pi0fast_kernels.prefix_lm_attention import cases as attentions
 ROOT = Path(__file__).parent.parent
 RAW = "figures.jsonl"
 FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-# What peers are compiled for, and rows and keys of a peer's blocks, of which the fastest kernel counts. JAX's
-# defaults, 128 of each, are never the fastest.
-COMPARED = ("pi0_prefix", "pi0_suffix", "siglip", "causal")
+# Rows and keys of a peer's blocks, of which the fastest kernel counts. JAX's defaults, 128 of each, are never the
+# fastest.
 BLOCKS = ((512, 512), (512, 1024), (1024, 1024))
 FILTERS = ("target", "op", "case", "contender")
-XLA, COMPARED_WITH_XLA = "reference", ("pi0_prefix", "pi0_suffix")
+XLA = "reference"
 
 
 def jobs() -> Iterator[Job]:
@@ -44,14 +43,13 @@ def jobs() -> Iterator[Job]:
     for target, backward in itertools.product(TARGETS, both):
         yield from (Job(target, "prefix_lm_attention", case.name, backward, OURS) for case in attentions.CASES)
         yield from (Job(target, "ada_rms_norm", case.name, backward, OURS) for case in norms.CASES)
-    compared = [case for case in attentions.CASES if case.name in COMPARED]
-    for case, target, backward, peer in itertools.product(compared, TARGETS, both, PEERS):
+    for case, target, backward, peer in itertools.product(attentions.CASES, TARGETS, both, PEERS):
         for sizes in dict.fromkeys(blocks(case, *sizes) for sizes in BLOCKS):
             yield Job(target, "prefix_lm_attention", case.name, backward, peer, tuple(sizes))
     for case, target, backward in itertools.product(norms.CASES, TARGETS, both):
         yield Job(target, "ada_rms_norm", case.name, backward, XLA)
-    for name, target, backward in itertools.product(COMPARED_WITH_XLA, TARGETS, both):
-        yield Job(target, "prefix_lm_attention", name, backward, XLA)
+    for case, target, backward in itertools.product(attentions.CASES, TARGETS, both):
+        yield Job(target, "prefix_lm_attention", case.name, backward, XLA)
 
 
 # ── Collected in a process of its own: libtpu reads its flags when it is loaded ───────────────────────────────────────

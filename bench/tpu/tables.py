@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.tpu.figures import OURS, PEERS, TARGETS, Figures, Job
-from bench.tpu_resources import COMPARED, RAW, XLA, load
+from bench.tpu_resources import RAW, XLA, load
 from bench.tpu_steps import BATCH, STEPS
 from pi0fast_kernels.ada_rms_norm import cases as norms
 from pi0fast_kernels.prefix_lm_attention import cases as attentions
@@ -68,7 +68,7 @@ def comparison(found: Found) -> str:
 
     def rows() -> Iterable[list[str]]:
         for target in TARGETS:
-            for case in COMPARED:
+            for case in (case.name for case in attentions.CASES):
                 for backward in (False, True):
                     of = {x: best(found, target, ATTENTION, case, backward, x) for x in (*names, XLA)}
                     bound = next((x.bound_s for x in of.values() if x), None)

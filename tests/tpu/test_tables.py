@@ -6,7 +6,7 @@ import pytest
 
 from bench.tpu.figures import OURS, Figures, Job, KernelFigures, read
 from bench.tpu.tables import attention, best, comparison, goals, seconds, steps, units
-from bench.tpu_resources import BLOCKS, COMPARED, jobs
+from bench.tpu_resources import BLOCKS, jobs
 from bench.tpu_steps import kernel_calls
 from pi0fast.hlo import Program
 
@@ -79,7 +79,7 @@ def test_figures_survive_json():
 def test_every_job_is_there_once():
     every = list(jobs())
     assert len(set(every)) == len(every)
-    flash = [job.blocks for job in every if job[:5] == ("v6e", "prefix_lm_attention", COMPARED[0], True, "flash")]
+    flash = [job.blocks for job in every if job[:5] == ("v6e", "prefix_lm_attention", PREFIX.case, True, "flash")]
     assert flash == [(512, 512), (512, 896), (1024, 896)] and len(flash) == len(BLOCKS)
 
 
