@@ -104,7 +104,7 @@ def main() -> None:
         there[found.job] = found
         lines = (json.dumps(dataclasses.asdict(there[job])) for job in jobs() if job in there)
         raw.write_text("\n".join(lines) + "\n")
-        print(*found.job, found.error or f"{found.kernel_s * 1e6:.0f} us", flush=True)
+        print(*found.job, found.error or f"{found.seconds * 1e6:.0f} us", flush=True)
 
 
 def load(raw: Path) -> dict[Job, Figures]:

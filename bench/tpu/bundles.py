@@ -93,13 +93,15 @@ class Kernel:
 
     def __init__(self, text: str):
         bodies = re.split(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})?:", text, flags=re.M)[1:]
-        self._starts: dict[str, int] = {}
+        self._starts: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
         self._operations: list[list[_Operation]] = []
         self._units: list[Counter[str]] = []
         products = np.zeros((len(bodies) + 1, MATRIX_UNITS), np.int64)
         for at, body in enumerate(bodies):
             for region in re.findall(r"Start(?:/End empty)? region (\d+)", body):
-                self._starts.setdefault(region, at)
+                self._starts.setdefault(int(region), at)
+            self._ends.update((int(region), at + 1) for region in re.findall(r"End region (\d+)", body))
             inside = re.sub(r"/\*.*?\*/", "", body, flags=re.S)
             parts = [part.strip() for part in inside[inside.find("{") + 1 : inside.rfind("}")].split(";;")]
             found = [x for part in parts if part and (x := _operation(part))]
@@ -159,6 +161,13 @@ class Kernel:
             at = begin = self.bundles if target is None else target
         return issued, waited
 
+    def _start(self, region: int, at: int) -> int:
+        """Where a region begins. One without bundles is not printed: the body that a branch to it skips has the number
+        before, and it begins where that ends."""
+        if region not in self._starts and region - 1 not in self._ends:
+            raise ValueError(f"bundle {at:#x} branches to region {region}, which is nowhere")
+        return self._starts[region] if region in self._starts else self._ends[region - 1]
+
     def _execute(self, core: _Core, at: int, scalars: Sequence[np.ndarray]) -> int | None:
         """Where the bundle branches to."""
         target = None
@@ -173,23 +182,28 @@ class Kernel:
             elif x.name == "sbr.rel":
                 if runs is None:
                     raise ValueError(f"bundle {at:#x} branches on what is not known here")
-                if runs and x.arguments[0] not in self._starts:
-                    raise ValueError(f"bundle {at:#x} branches to region {x.arguments[0]}, which is nowhere")
-                target = self._starts[x.arguments[0]] if runs else target
+                target = self._start(x.arguments[0], at) if runs else target
                 continue
             elif x.name == "scalar":
                 result = int(scalars[x.arguments[0]][0]) if len(scalars) > x.arguments[0] else None
             elif x.name == "sld":
-                result = core.memory.get(_address(core, x.arguments[0]))
+                place = _address(core, x.arguments[0])
+                result = None if place is None else core.memory.get(place)
             elif x.name == "sst":
-                if runs:
-                    core.memory[_address(core, x.arguments[0])] = value(x.arguments[1])
+                place = _address(core, x.arguments[0])
+                if runs and place is None:
+                    raise ValueError(f"bundle {at:#x} stores where is not known here")
+                if runs and place is not None:
+                    core.memory[place] = value(x.arguments[1])
                 continue
             elif x.name.startswith("dma."):
                 if runs is None:
                     raise ValueError(f"bundle {at:#x} copies, or not, by what is not known here")
                 if runs:
                     _copy(core, x, scalars)
+                continue
+            elif x.name.startswith("int_to_ptr") and _register(x.result) == _register(x.arguments[0]):
+                core.values[x.result] = core.value(x.arguments[0])  # only named anew, also where that did not run
                 continue
             else:
                 result = _compute(x, [value(argument) for argument in x.arguments])
@@ -278,7 +292,7 @@ def _operation(text: str) -> _Operation | None:
     if predicate:
         rest = rest[predicate.end() :]
     if name == "sbr.rel":
-        arguments: list[Any] = re.findall(r"\$region(\d+)", rest)
+        arguments: list[Any] = [int(region) for region in re.findall(r"\$region(\d+)", rest)]
     else:
         arguments = [_argument(part.strip()) for part in rest.split(",")]
     if predicate is None:
@@ -310,12 +324,12 @@ def _compute(x: _Operation, arguments: list[Any]) -> Any:
     return ARITHMETIC[x.name](*arguments)
 
 
-def _address(core: _Core, text: str) -> tuple[Any, int]:
-    """Of a word of scalar memory: `[smem:[#allocation6 + %s12_s3]]`; either part may be in a register."""
+def _address(core: _Core, text: str) -> tuple[Any, int] | None:
+    """Of a word of scalar memory: `[smem:[#allocation6 + %s12_s3]]`; either part may be in a register, and unknown."""
     found = re.match(r"\[(?:smem:\[)?([^\]]+)\]", text)
     assert found is not None, text
     base, *offsets = (core.value(_argument(part.replace("$", ""))) for part in found[1].split(" + "))
-    return base, sum(offsets)
+    return None if base is None or None in offsets else (base, sum(offsets))
 
 
 def _copy(core: _Core, x: _Operation, scalars: Sequence[np.ndarray]) -> None:

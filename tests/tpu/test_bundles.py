@@ -102,3 +102,30 @@ def test_a_loop_runs_as_often_as_its_bound_says():
 def test_a_loop_without_end_is_an_error():
     with pytest.raises(ValueError, match="does not end"):
         Kernel(SPILLS.replace("sadd.s32 1", "sadd.s32 0")).run(limit=1000)
+
+
+ONE_CORE = """
+     0   :  { %s1_s1 = sld [smem:[#allocation0]] /* megacore core id :: core id */ }
+   0x1   :  { %p1_p1 = scmp.ne.s32.totalorder %s1_s1, 0 }
+   0x2   :  { %9 = sbr.rel (%p1_p1) target = $region4 }
+   0x3   :  {}
+   0x4   :  {}
+   0x5   :  {}
+   0x6   :  {}
+   0x7   :  { %5 = vst [vmem:[#allocation2] sm:$0xff] /*vst_source=*/%v3_v1 } /* Start region 3 */
+   0x8   :  { %6 = vst [vmem:[#allocation2] sm:$0xff] /*vst_source=*/%v3_v1 } /* End region 3 */
+   0x9 PF:  {}
+"""
+
+
+def test_a_core_without_work_branches_behind_it():
+    """To region 4, which has no bundles and is not printed."""
+    run = Kernel(ONE_CORE).run()
+    assert (run.cycles, run.units) == (10, {"stores": 2})
+
+
+def test_a_pointer_is_its_integer_in_the_same_register():
+    """What was left out by its predicate leaves the register, and so does its new name."""
+    left_out = "%s8_s2 = sshll.u32 (%p1_p1), %s4_s2, 4  ;;  %s9_s2 = int_to_ptr.hbm [resolvable:$true] %s8_s2"
+    code = SPILLS.replace("   0x6   : > {}", f"   0x6   : > {{ {left_out} }}")
+    assert "int_to_ptr" in code and Kernel(code).run() == Kernel(SPILLS).run()
