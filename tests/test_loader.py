@@ -145,8 +145,8 @@ def test_resume_late_takes_no_longer():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 4}, "seed=3, this run 4.*same seed"),
-        ({"batch_size": 8}, "batch_size=4, this run 8.*same batch_size"),
+        ({"seed": 4}, "seed=3, this run 4.*same --seed"),
+        ({"batch_size": 8}, "batch_size=4, this run 8.*same --batch-size"),
         ({"fingerprint": "xyz"}, "fingerprint='abc', this run 'xyz'.*restore the data set"),
     ],
 )

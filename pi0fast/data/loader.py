@@ -104,7 +104,7 @@ class Loader:
             if state[key] != mine:
                 raise ValueError(
                     f"the loader's saved state has {key}={state[key]!r}, this run {mine!r}, so the order of the data "
-                    f"cannot be continued; {_REMEDIES[key]}, or start the data anew by not restoring the loader"
+                    f"cannot be continued; {_REMEDIES[key]}, or begin another --out with this run as --init-from"
                 )
         self.close()
         self._next_batch = int(state["next_batch"])
@@ -162,6 +162,6 @@ def _pair(position: int, index: int) -> tuple[int, int]:
 
 _REMEDIES = {
     "fingerprint": "restore the data set that the run was started with",
-    "seed": "pass the same seed",
-    "batch_size": "pass the same batch_size",
+    "seed": "give the same --seed",
+    "batch_size": "give the same --batch-size",
 }
