@@ -38,12 +38,14 @@ from pi0fast import (
 )
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import Checkpoints, RunConfig
+from pi0fast.cli import EXPECTED
 from pi0fast.config import Pi0Config
 from pi0fast.distributed import ALONE, Processes, join
 from pi0fast.observation import Observation
 from pi0fast.params import flatten
 from pi0fast.pi0 import check_kernels
 from pi0fast.report import Report
+from pi0fast.robots import DEMO, find_robot
 from pi0fast.settings import DEFAULTS, Settings, to_dict
 from pi0fast.train_state import TrainState, abstract_state, initialize, restore, save
 from pi0fast.training_data import abstract_batch, open_data, to_device
@@ -191,6 +193,11 @@ def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
                 f"{run} began with state_mode={was!r}, not {now!r}; give --input.state-mode={was}, or another --out"
             )
         raise ValueError(f"{run} is a run of another model; give its preset, --tune and --lora, or another --out")
+    if held.robot != find_robot(settings.robot):
+        raise ValueError(
+            f"{run} is a run of the robot {held.robot and held.robot.name!r}, as its config.json has it, and "
+            f"--robot={settings.robot} is another; give the same, or another --out and this run as --init-from"
+        )
     check_resumes(held.train, settings)
     settings.optim.check_resumes(held.train.get("optim", {}))
     settings.val.check_resumes(held.train.get("val", {}))
@@ -204,7 +211,8 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
     model_config = adapted(config.PRESETS[preset](), settings)
     mesh = meshes.make(settings.mesh)
     meshes.check_batch(settings.batch_size, mesh, settings.accum)
-    settings.val.check()
+    for group in (settings.optim, settings.val, settings.output):
+        group.check()
     with jax.set_mesh(mesh):
         check_kernels(model_config, fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels))
     compiler.options(mesh, settings.xla)  # a wrong one is an error now, not after all has been read
@@ -321,7 +329,9 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
         report.print(f"Stopped {saying} --resume")
     else:
         best = " --step=best" if validate else ""
-        report.print(f"Loss curve: {report.plot_loss()}\nNext: python -m pi0fast.evaluate {run}{best}")
+        demo = transform.robot == DEMO
+        following = f"evaluate {run}" if demo else f"infer {run} --data={settings.data}"
+        report.print(f"Loss curve: {report.plot_loss()}\nNext: python -m pi0fast.{following}{best}")
     return run
 
 
@@ -336,7 +346,7 @@ def main(arguments: list[str]) -> None:
     compiler.take_gpu_memory()
     if chosen.profile:
         trace.keep_scopes()
-    expected = (OSError, ValueError, NonFiniteLossError)
+    expected = (*EXPECTED, NonFiniteLossError)
     try:
         with join(chosen.distributed, chosen.mesh, expected) as processes:
             train(preset, chosen, processes)
