@@ -7,6 +7,7 @@ Reads top to bottom: the step, the loop. Where the batches come from: `training_
 """
 
 import dataclasses
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -178,7 +179,11 @@ def check_finite(step: int, metrics: dict[str, Array], index: np.ndarray) -> dic
 
 
 def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
-    """Raises: FileExistsError, ValueError: `run` holds another run, or one that was not asked to go on."""
+    """Raises: PermissionError: `run` cannot be written. FileExistsError, ValueError: it holds another run, or one that
+    was not asked to go on."""
+    nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest} cannot be written to; give another --out")
     if not (run / "config.json").exists():
         if run.exists() and any(run.iterdir()):
             raise FileExistsError(f"{run} exists and is not a run; give another --out")
@@ -303,7 +308,14 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
         if validate and not start:  # where training starts from; and what fails in it fails before anything is lost
             report.validation(0, partial(validate, state.averaged, frozen))
         while step < settings.steps and not stop(step):
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except EXPECTED:  # a sample that cannot be read
+                finish(unchecked)
+                if saved < step and jax.process_count() == 1:  # other processes do not know, and would not save theirs
+                    save(checkpoints, state, frozen, loader, data.stats)
+                    report.print(f"Saved after step {step}")
+                raise
             index = batch.pop("index")
             state, metrics = profile.run(train_step, state, frozen, place(batch))
             finish(unchecked)

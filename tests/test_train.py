@@ -18,6 +18,8 @@ import pytest
 from pi0fast import checkpoint, config, init_from, storage, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import RunConfig
+from pi0fast.data.frames import DecodeError
+from pi0fast.data.lerobot_source import LeRobotSource
 from pi0fast.integrity import CorruptCheckpointError
 from pi0fast.optim import OptimConfig
 from pi0fast.params import flatten
@@ -285,6 +287,40 @@ def test_what_does_not_fit_is_an_error_before_images_are_decoded(settings, monke
         with pytest.raises(ValueError, match=message):
             train.train("pi0_tiny", dataclasses.replace(settings, **changes))
     assert not settings.out.exists()
+
+
+def test_a_sample_that_cannot_be_read_loses_no_step(settings, monkeypatch):
+    decoded = LeRobotSource._images
+
+    def fail_late(source, index):
+        if index == unreadable:
+            raise DecodeError("the video cannot be decoded")
+        return decoded(source, index)
+
+    whole = train.train("pi0_tiny", dataclasses.replace(settings, out=settings.out.with_name("whole")))
+    data = training_data.open_data(settings, MINI)
+    batches = [next(data.loader)["index"] for _ in range(5)]
+    unreadable = next(int(index) for index in batches[-1] if index not in np.concatenate(batches[:-1]))
+    rare = changed(settings, "output", save_every=100)
+    with monkeypatch.context() as patch, pytest.raises(DecodeError):
+        patch.setattr(LeRobotSource, "_images", fail_late)
+        train.train("pi0_tiny", rare)
+    assert checkpoint.steps(settings.out) == [4]
+    run = train.train("pi0_tiny", dataclasses.replace(rare, resume=True))
+    assert losses(run) == losses(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_data_are_read(own_mounts, settings, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = (
+        "from pathlib import Path; from pi0fast import train; from pi0fast.settings import TINY; "
+        f"from tests.mini import MINI; train.check_out(Path({str(disk / 'run')!r}), MINI, TINY)"
+    )
+    mount = f"mount -t tmpfs -o ro tmpfs {disk}"
+    command = [*own_mounts, "sh", "-c", f'{mount} && "$@"', "sh", sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert f"PermissionError: {disk} cannot be written to; give another --out" in said.stderr
 
 
 def test_the_last_words_name_a_program_for_the_robot(settings, capsys):
