@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import grain
 
+ENDLESS = 1 << 62  # samples; grain's workers add to the length, which must stay below 2^63
 PREFETCH_BATCHES = 2  # made ahead in the background; per worker, with workers
 
 
@@ -128,7 +129,7 @@ class Loader:
             .seed(self._seed)
             .shuffle()
             .repeat(None)
-            .map_with_index(_pair)[next_batch * self.batch_size + self._process_index :: self._process_count]
+            .map_with_index(_pair)[next_batch * self.batch_size + self._process_index : ENDLESS : self._process_count]
             .map(self._load)
             .batch(self.batch_size // self._process_count)
             .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES))
