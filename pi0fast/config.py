@@ -17,9 +17,12 @@ BASE_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 class LoraConfig:
     """Low-rank updates of one expert's projections (`pi0fast.lora`).
 
-    rank: 0 stands for no updates at all.
-    alpha: the updates of attention are scaled by alpha / rank; None is alpha = rank. Those of the MLP are not scaled.
-    attention, mlp: which projections have one.
+    Args:
+        rank: 0 stands for no updates at all.
+        alpha: the updates of attention are scaled by alpha / rank; None is alpha = rank. Those of the MLP are not
+            scaled.
+        attention: whether the projections of attention have one.
+        mlp: whether those of the MLP have one.
     """
 
     rank: int

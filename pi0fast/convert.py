@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike
 
 from pi0fast import checkpoint, fsdp, integrity, lora, normalize, robots, storage
 from pi0fast.checkpoint import Checkpoints, RunConfig, Step
+from pi0fast.cli import one_line_errors
 from pi0fast.config import DType, Pi0Config, StateMode
 from pi0fast.convert_rules import FINAL_NORM, Params, Rule, Shape, infer_config, rules
 from pi0fast.normalize import NormStats
@@ -276,15 +277,16 @@ def convert_from_openpi(
 ) -> None:
     """Make a run of an openpi checkpoint, for `--init-from` and for inference.
 
-    src: the folder `<step>` with `params` and `assets`, local or gs://.
-    out: a new folder.
-    action_horizon, max_token_len: what no parameter tells; the released models' by default (48 tokens for Pi0, 200 for
-        Pi0.5).
-    state_mode: `unused` for Pi0.5 trained with `discrete_state_input=False`, as openpi's LIBERO configs are.
-    lora_alpha: of LoRA updates; the rank by default, as in all of openpi's configs.
-    dtype: of activations and matmuls. Weights keep the dtype that they are stored in.
-    asset_id: whose statistics to take, where the checkpoint has those of several data sets.
-    robot: name or YAML file; needed for inference, not for `--init-from`.
+    Args:
+        src: the folder `<step>` with `params` and `assets`, local or gs://.
+        out: a new folder.
+        action_horizon: what no parameter tells; 50 in openpi's base models, 10 in pi0_droid.
+        max_token_len: of prompts; by default the released models', 48 for Pi0 and 200 for Pi0.5.
+        state_mode: `unused` for Pi0.5 trained with `discrete_state_input=False`, as openpi's LIBERO configs are.
+        lora_alpha: of LoRA updates; the rank by default, as in all of openpi's configs.
+        dtype: of activations and matmuls. Weights keep the dtype that they are stored in.
+        asset_id: whose statistics to take, where the checkpoint has those of several data sets.
+        robot: name or YAML file; needed for inference, not for `--init-from`.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; convert into a new folder")
@@ -307,11 +309,13 @@ def convert_to_openpi(
 ) -> None:
     """Write a checkpoint of a run as an openpi checkpoint folder `<step>`.
 
-    out: a new folder.
-    step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
-    asset_id: the name of the statistics under its `assets`.
-    merged: add LoRA updates to their projections; else they are written by openpi's names, for a config of openpi's
-        with the same ranks.
+    Args:
+        run: the folder of a run.
+        out: a new folder.
+        step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
+        asset_id: the name of the statistics under its `assets`.
+        merged: add LoRA updates to their projections; else they are written by openpi's names, for a config of openpi's
+            with the same ranks.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; convert into a new folder")
@@ -352,7 +356,8 @@ def _choose_stats(found: Mapping[str, dict[str, NormStats]], asset_id: str | Non
     return found[asset_id]
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
     import tyro
 
     from pi0fast import convert_lerobot
@@ -363,5 +368,13 @@ if __name__ == "__main__":
             "to-openpi": convert_to_openpi,
             "from-lerobot": convert_lerobot.convert_from_lerobot,
             "to-lerobot": convert_lerobot.convert_to_lerobot,
-        }
+        },
+        prog="python -m pi0fast.convert",
+        args=arguments,
+        config=(tyro.conf.PositionalRequiredArgs,),
     )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -97,9 +97,11 @@ def describe_lerobot(src: Path) -> Policy:
 def convert_from_lerobot(src: Path, out: Path, *, robot: str | None = None) -> None:
     """Make a run of a policy that lerobot saved, for `--init-from` and for inference.
 
-    src: the folder with `model.safetensors` and `config.json`. out: a new folder.
-    robot: name or YAML file; needed for inference, not for `--init-from`. Its cameras are named as the policy's image
-        features are, without `observation.images.`.
+    Args:
+        src: the folder with `model.safetensors` and `config.json`.
+        out: a new folder.
+        robot: name or YAML file; needed for inference, not for `--init-from`. Its cameras are named as the policy's
+            image features are, without `observation.images.`.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; convert into a new folder")
@@ -140,8 +142,10 @@ def convert_to_lerobot(run: Path, out: Path, *, step: Step | None = None) -> Non
 
     LoRA updates are merged. The host holds the weights twice.
 
-    out: a new folder.
-    step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
+    Args:
+        run: the folder of a run.
+        out: a new folder.
+        step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; convert into a new folder")

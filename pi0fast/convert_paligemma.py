@@ -68,6 +68,8 @@ def _is_paligemmas(path: str) -> bool:
 
 def _npz_header(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes by openpi's paths; no array is read."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no whole .npz file; download it again")
     found = {}
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():

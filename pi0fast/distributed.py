@@ -36,9 +36,10 @@ BARRIER_MS = 24 * 3600 * 1000  # no limit: whoever waits for a process that is g
 class DistributedSettings:
     """Which of several processes this is. Left out: what SLURM, Open MPI or a TPU pod says, or else the only one.
 
-    coordinator: host:port of process 0, as the others reach it.
-    processes: how many there are.
-    process: the number of this one, from 0.
+    Args:
+        coordinator: host:port of process 0, as the others reach it.
+        processes: how many there are.
+        process: the number of this one, from 0.
     """
 
     coordinator: str | None = None

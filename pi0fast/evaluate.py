@@ -4,7 +4,6 @@ python -m pi0fast.evaluate RUN
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from pi0fast.cli import one_line_errors
 from pi0fast.data.demo import MAX_STEPS, Palette, Simulator
 from pi0fast.execution import Kernels
 from pi0fast.policy import Policy, Step, keep_compiled_programs
@@ -118,14 +118,15 @@ def main(
 ) -> None:
     """Run a policy closed-loop in the demo simulator.
 
-    run: the folder of a run that was trained on the demo.
-    step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
-    episodes: how many, each with a layout that training has not seen.
-    seed: of the layouts.
-    palette: the blocks' colours: primary is what the demo's own data set has, secondary has four others.
-    gif_episodes: how many of them to draw, in RUN/episodes.gif; 0 for none.
-    out: JSON of every episode, if given.
-    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
+    Args:
+        run: the folder of a run that was trained on the demo.
+        step: of the checkpoint, or `best`, that with the lowest validation loss; by default the newest.
+        episodes: how many, each with a layout that training has not seen.
+        seed: of the layouts.
+        palette: the blocks' colours: primary is what the demo's own data set has, secondary has four others.
+        gif_episodes: how many of them to draw, in RUN/episodes.gif; 0 for none.
+        out: JSON of every episode, if given.
+        kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     """
     keep_compiled_programs()
     policy = Policy.load(run, step=step, kernels=kernels, batch_sizes=(episodes,))
@@ -146,7 +147,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with one_line_errors():
+        tyro.cli(main, prog="python -m pi0fast.evaluate")

@@ -7,7 +7,6 @@ play the same layouts, and their n-th chunks start from the same noise, so their
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ import numpy as np
 import tyro
 
 from pi0fast.checkpoint import RunConfig
+from pi0fast.cli import one_line_errors
 from pi0fast.data.demo import MAX_STEPS, Simulator
 from pi0fast.evaluate import UNSEEN_SEED, wilson_interval
 from pi0fast.execution import Kernels
@@ -134,13 +134,15 @@ def main(
 ) -> None:
     """Compare hard switches with real-time chunking under latency, in the demo simulator.
 
-    run: the folder of a run that was trained on the demo.
-    latency: in control steps; several are played one after the other.
-    episodes: how many for each, each with a layout that training has not seen.
-    execute: steps of a chunk to execute before the next is asked for.
-    seed: of the layouts. noise_seed: of the chunks' noise.
-    out: JSON of the results and of every episode, RUN/latency.json by default.
-    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
+    Args:
+        run: the folder of a run that was trained on the demo.
+        latency: in control steps; several are played one after the other.
+        episodes: how many for each, each with a layout that training has not seen.
+        execute: steps of a chunk to execute before the next is asked for.
+        seed: of the layouts.
+        noise_seed: of the chunks' noise.
+        out: JSON of the results and of every episode, RUN/latency.json by default.
+        kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     """
     config = RunConfig.load(run)
     if config.robot is None or config.robot.name != "demo":
@@ -171,7 +173,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with one_line_errors():
+        tyro.cli(main, prog="python -m pi0fast.evaluate_latency")

@@ -19,6 +19,7 @@ import tyro
 from PIL import Image
 
 from pi0fast import trace
+from pi0fast.cli import one_line_errors
 from pi0fast.config import StateMode
 from pi0fast.execution import Kernels
 from pi0fast.flow import Solver
@@ -191,13 +192,17 @@ def main(
         step: of a run's checkpoint, or `best`, that with the lowest validation loss; by default the newest.
         data: a LeRobot v3 data set, a folder or a Hub id: take the observation from there, and compare the actions.
         observation: a folder with observation.json and images, in place of a data set.
-        episode, frame: of the data set.
+        episode: of the data set.
+        frame: of the episode.
         repeat: calls to time.
         profile: calls to trace after these, into a folder beside the PNG, telling what each stage takes in them.
         out: the PNG; by default RUN/infer.png.
         robot: a ready robot's name or a YAML file; an openpi checkpoint needs it.
-        asset_id, action_horizon, state_mode: of an openpi checkpoint, which does not tell.
-        num_steps, solver: from noise to actions.
+        asset_id: whose statistics to take, of an openpi checkpoint that has several.
+        action_horizon: of an openpi checkpoint, which does not tell; 50 of pi0_base, 10 of pi0_droid.
+        state_mode: of an openpi checkpoint of Pi0.5: prompt, or unused as its LIBERO configs are.
+        num_steps: of the solver, from noise to actions.
+        solver: euler, midpoint or heun.
         seed: of the noise.
         kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
     """
@@ -249,7 +254,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with one_line_errors():
+        tyro.cli(main, prog="python -m pi0fast.infer")

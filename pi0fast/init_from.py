@@ -63,7 +63,16 @@ def plan(source: str, model_config: Pi0Config) -> Start:
         given = set(convert_paligemma.paligemma_weights(source, model_config))
         fresh = tuple(path for path in _shapes(model_config) if path not in given)
         return Start(model_config.without_lora(), (), fresh, _parts(fresh, _shapes(model_config)))
+    if (Path(source) / "model.safetensors").exists():
+        raise ValueError(f"{source} is a policy of lerobot's; make a run of it: python -m pi0fast.convert from-lerobot")
     if not (Path(source) / "config.json").exists():
+        if "://" not in source and not (Path(source) / "params").is_dir():
+            raise FileNotFoundError(
+                f"{source} is no run (config.json), no openpi checkpoint (params) and no .npz of PaliGemma; give the "
+                "folder that --out named, or openpi's folder of one step"
+            )
+        if (Path(source) / "train_state").exists() and (Path(source) / "checksums").exists():
+            raise ValueError(f"{source} is a checkpoint inside a run; give the run, {Path(source).parents[1]}")
         theirs = convert.openpi_config(source, model_config.dtype)
         if theirs.pi05 == model_config.pi05:  # which mode it was trained with, it does not tell
             theirs = dataclasses.replace(theirs, state_mode=model_config.state_mode)

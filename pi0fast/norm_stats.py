@@ -6,6 +6,7 @@ python -m pi0fast.norm_stats --data=lerobot/aloha_static_coffee --robot=aloha --
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,30 +15,40 @@ from pathlib import Path
 import numpy as np
 
 from pi0fast import normalize
+from pi0fast.cli import one_line_errors
 from pi0fast.data.lerobot_format import LeRobotFiles, find_dataset
 from pi0fast.normalize import NormStats
 from pi0fast.robots import Robot, find_robot
 from pi0fast.transforms import delta_actions
 
+logger = logging.getLogger(__name__)
+
 BLOCK_ACTIONS = 1 << 17  # actions of chunks made at a time
 
 
-def compute_norm_stats(dataset_root: Path, robot: Robot, action_horizon: int) -> dict[str, NormStats]:
+def compute_norm_stats(
+    dataset_root: Path, robot: Robot, action_horizon: int, *, tolerate: bool = False
+) -> dict[str, NormStats]:
     """Statistics of "state", every frame's, and "actions", every frame's chunk, after the delta step.
 
     As openpi's compute_norm_stats.py: a frame's chunk is the actions of it and the next `action_horizon - 1` frames,
     the last one of the episode repeated beyond its end. Warns of every dimension that hardly moves.
 
+    tolerate: leave out states and chunks that are not finite.
+
     Raises FileNotFoundError when there is no data set, and ValueError when it is not of version 3, lacks a key of the
-    robot, or holds values that are missing or not finite.
+    robot, or holds values that are missing or, unless tolerated, not finite.
     """
+    if action_horizon < 1:
+        raise ValueError(f"action_horizon={action_horizon} must be positive")
     files = LeRobotFiles(Path(dataset_root))
     frames = files.frames((*robot.state, *robot.action))
-    for key, values in frames.values.items():
-        _check_finite(files.root, key, values, frames.starts)
+    if not tolerate:
+        for key, values in frames.values.items():
+            _check_finite(files.root, key, values, frames.starts)
     state, actions = (np.concatenate([frames.values[key] for key in keys], 1) for keys in (robot.state, robot.action))
     stats = {
-        "state": normalize.compute([state]),
+        "state": normalize.compute([state[np.isfinite(state).all(axis=1)]]),
         "actions": normalize.compute(_chunks(actions, state, frames.starts, robot, action_horizon)),
     }
     for key, value in stats.items():
@@ -47,6 +58,24 @@ def compute_norm_stats(dataset_root: Path, robot: Robot, action_horizon: int) ->
                 "by hand in the statistics if the dimension may move",
                 stacklevel=2,
             )
+    return stats
+
+
+def find_or_compute(
+    dataset_root: Path, robot: Robot, action_horizon: int, *, tolerate: bool = False
+) -> dict[str, NormStats]:
+    """The statistics that the data set keeps; where it has none, they are computed, and kept if they can be written.
+
+    Raises as `compute_norm_stats`, and ValueError when the file that is there cannot be read.
+    """
+    path = norm_stats_path(dataset_root, robot, action_horizon)
+    if path.exists():
+        return normalize.load(path)
+    stats = compute_norm_stats(dataset_root, robot, action_horizon, tolerate=tolerate)
+    try:
+        normalize.save(path, stats)
+    except OSError as error:
+        logger.warning("the statistics cannot be kept beside the data, so the next run computes them anew: %s", error)
     return stats
 
 
@@ -82,13 +111,14 @@ def main(data: str, robot: str, action_horizon: int, out: Path | None = None) ->
 def _chunks(
     actions: np.ndarray, state: np.ndarray, starts: np.ndarray, robot: Robot, horizon: int
 ) -> Iterator[np.ndarray]:
-    """The chunks of all frames after the delta step, a block of frames at a time: `[n * H, d]`."""
+    """The chunks of all frames after the delta step, a block of frames at a time: `[n * H, d]`; the finite ones."""
     ends = np.repeat(starts[1:], np.diff(starts))
     block = max(1, BLOCK_ACTIONS // horizon)
     for start in range(0, len(actions), block):
         first = np.arange(start, min(start + block, len(actions)))
         steps = np.minimum(first[:, None] + np.arange(horizon), ends[first, None] - 1)
-        yield delta_actions(actions[steps], state[first], robot.delta_mask).reshape(-1, actions.shape[1])
+        chunks = delta_actions(actions[steps], state[first], robot.delta_mask)
+        yield chunks[np.isfinite(chunks).all(axis=(1, 2))].reshape(-1, actions.shape[1])
 
 
 def _check_finite(root: Path, key: str, values: np.ndarray, starts: np.ndarray) -> None:
@@ -106,4 +136,5 @@ def _check_finite(root: Path, key: str, values: np.ndarray, starts: np.ndarray) 
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    with one_line_errors():
+        tyro.cli(main, prog="python -m pi0fast.norm_stats")

@@ -11,13 +11,25 @@ import optax
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """openpi's defaults.
+    """AdamW with openpi's defaults.
 
-    The learning rate warms up linearly from peak/(warmup_steps+1) to `peak_lr`, then follows a cosine to `end_lr` at
-    `decay_steps` and stays there. mu_dtype: of the first moment; bfloat16 halves its memory. second_moment: `factored`
-    keeps a row and a column of means for each matrix in place of one value for each weight. ema_decay: average of the
-    weights that inference uses; None to do without. ema_on_host: the average lies in the host's memory, and passes
-    through the device once a step.
+    The learning rate warms up linearly from peak/(warmup_steps+1), then follows a cosine and stays at its end.
+
+    Args:
+        peak_lr: the learning rate after `warmup_steps`.
+        end_lr: the learning rate from `decay_steps` on.
+        warmup_steps: until the peak.
+        decay_steps: until the end, counted from the first step on.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of every trained weight, times the learning rate.
+        clip_norm: gradients with a larger global norm are scaled down to it.
+        mu_dtype: of the first moment; bfloat16 halves its memory.
+        second_moment: `factored` keeps a row and a column of means for each matrix in place of one value for each
+            weight.
+        ema_decay: of the average of the weights that inference uses; None to do without.
+        ema_on_host: the average lies in the host's memory, and passes through the device once a step.
     """
 
     peak_lr: float = 2.5e-5
@@ -33,6 +45,18 @@ class OptimConfig:
     second_moment: Literal["float32", "factored"] = "float32"
     ema_decay: float | None = 0.99
     ema_on_host: bool = False
+
+    def check(self) -> None:
+        """Raises: ValueError: a number out of range."""
+        if not 0 <= self.warmup_steps < self.decay_steps:
+            raise ValueError(
+                f"--optim.warmup-steps={self.warmup_steps} must be at least 0 and less than --optim.decay-steps="
+                f"{self.decay_steps}, which counts from the first step on"
+            )
+        if not self.peak_lr > 0 or not self.clip_norm > 0:
+            raise ValueError(f"--optim.peak-lr={self.peak_lr} and --optim.clip-norm={self.clip_norm} must be positive")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--optim.ema-decay={self.ema_decay} must be at least 0 and less than 1, or None")
 
     def schedule(self) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(

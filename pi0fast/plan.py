@@ -45,14 +45,15 @@ HOST_LINK = 16e9  # bytes/s from a host to each of its devices: PCIe 4 with 8 la
 class PlanSettings:
     """Compile a training step for devices that are not here, and say what it takes.
 
-    target: h100:8, v5e:2x4, v5p:2x2x2, v6e:2x4, v5e:16x16, or cpu.
-    cameras: how many of the model's cameras the data have; all by default. Prompts are as long as the model takes, or
-        as --input.prompt-len says.
-    infer: the policy's call on one device of the target instead, with a batch of one.
-    largest_batch: also find the largest batch that fits, by bisection.
-    advise: where the step does not fit, compile what might, and say which does.
-    json: print one JSON object.
-    hlo: also write the compiled program to this file.
+    Args:
+        target: h100:8, v5e:2x4, v5p:2x2x2, v6e:2x4, v5e:16x16, or cpu.
+        cameras: how many of the model's cameras the data have; all by default. Prompts are as long as the model takes,
+            or as --input.prompt-len says.
+        infer: the policy's call on one device of the target instead, with a batch of one.
+        largest_batch: also find the largest batch that fits, by bisection.
+        advise: where the step does not fit, compile what might, and say which does.
+        json: print one JSON object.
+        hlo: also write the compiled program to this file.
     """
 
     target: str

@@ -23,12 +23,14 @@ PREVIOUS_ACTIONS, DELAY = "rtc/previous_actions", "rtc/delay"
 class RtcConfig:
     """How firmly a chunk is held to the one before it.
 
-    delay: steps that are executed before the chunk arrives, for observations that do not say; they are held in full.
-    execute: steps at the end of the chunk that stay free, even if actions for them are left. By default the paper's:
-        a client that has executed s actions has H - s left.
-    schedule: of the steps between, see `prefix_weights`.
-    max_guidance: the paper's β, the bound of the guidance's factor. More follows the last chunk more closely, and may
-        diverge with few sampling steps.
+    Args:
+        delay: steps that are executed before the chunk arrives, for observations that do not say; they are held in
+            full.
+        execute: steps at the end of the chunk that stay free, even if actions for them are left. By default the
+            paper's: a client that has executed s actions has H - s left.
+        schedule: of the steps between, see `prefix_weights`.
+        max_guidance: the paper's β, the bound of the guidance's factor. More follows the last chunk more closely, and
+            may diverge with few sampling steps.
 
     Raises:
         ValueError: a value out of its range.

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -29,6 +28,7 @@ from websockets.http11 import Request, Response
 
 from pi0fast import wire
 from pi0fast.batching import Batcher, BatchPolicy, Metrics, RequestError
+from pi0fast.cli import one_line_errors
 from pi0fast.config import StateMode
 from pi0fast.execution import Kernels
 from pi0fast.flow import Solver
@@ -44,12 +44,13 @@ SEND_SECONDS = 10.0  # a client that does not read what waits for it is dropped 
 class Limits:
     """What clients may ask for.
 
-    max_message_mb: the largest message taken, in MiB.
-    max_connections: more clients are refused with HTTP 503.
-    max_queue: requests that may wait; more are answered with an error, and may try again.
-    deadline_ms: a request that has not started after so long is answered with an error, and may try again.
-    gather_ms: how long a request waits for others to share its batch; 0 takes those that wait already.
-    keepalive_s: clients are pinged this often, and dropped after as long without an answer.
+    Args:
+        max_message_mb: the largest message taken, in MiB.
+        max_connections: more clients are refused with HTTP 503.
+        max_queue: requests that may wait; more are answered with an error, and may try again.
+        deadline_ms: a request that has not started after so long is answered with an error, and may try again.
+        gather_ms: how long a request waits for others to share its batch; 0 takes those that wait already.
+        keepalive_s: clients are pinged this often, and dropped after as long without an answer.
     """
 
     max_message_mb: float = 64.0
@@ -304,21 +305,26 @@ def main(
 ) -> None:
     """Serve a policy to robots, by the protocol of openpi-client.
 
-    checkpoint: the folder of a run, or an openpi checkpoint `<step>`, local or gs://.
-    host: the address to serve at; 0.0.0.0 serves the network, and should have an API key.
-    port: 0 takes a free one.
-    step: of a run's checkpoint, or `best`, that with the lowest validation loss; by default the newest.
-    robot: a ready robot's name or a YAML file, in place of the run's; an openpi checkpoint needs it.
-    asset_id, action_horizon, state_mode: of an openpi checkpoint, which does not tell.
-    num_steps, solver: from noise to actions.
-    seed: of the noise.
-    batch_sizes: to compile for; requests that wait together run together, up to the last.
-    default_prompt: for requests without one.
-    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
-    rtc: also compile for requests that carry what is left of the last chunk (real-time chunking).
-    guidance: of real-time chunking.
-    api_key_file: holds the key that clients must give; without it, PI0FAST_API_KEY does.
-    tls_cert, tls_key: PEM files, for wss:// in place of ws://.
+    Args:
+        checkpoint: the folder of a run, or an openpi checkpoint `<step>`, local or gs://.
+        host: the address to serve at; 0.0.0.0 serves the network, and should have an API key.
+        port: 0 takes a free one.
+        step: of a run's checkpoint, or `best`, that with the lowest validation loss; by default the newest.
+        robot: a ready robot's name or a YAML file, in place of the run's; an openpi checkpoint needs it.
+        asset_id: whose statistics to take, of an openpi checkpoint that has several.
+        action_horizon: of an openpi checkpoint, which does not tell; 50 of pi0_base, 10 of pi0_droid.
+        state_mode: of an openpi checkpoint of Pi0.5: prompt, or unused as its LIBERO configs are.
+        num_steps: of the solver, from noise to actions.
+        solver: euler, midpoint or heun.
+        seed: of the noise.
+        batch_sizes: to compile for; requests that wait together run together, up to the last.
+        default_prompt: for requests without one.
+        kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
+        rtc: also compile for requests that carry what is left of the last chunk (real-time chunking).
+        guidance: of real-time chunking.
+        api_key_file: holds the key that clients must give; without it, PI0FAST_API_KEY does.
+        tls_cert: a PEM file, for wss:// in place of ws://.
+        tls_key: the PEM file of its key.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     keep_compiled_programs()
@@ -366,7 +372,5 @@ async def _until_signalled(server: PolicyServer, sock: socket.socket, ready: Cal
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with one_line_errors():
+        tyro.cli(main, prog="python -m pi0fast.serve")

@@ -1,6 +1,7 @@
 """The trainer's settings: the flags, groups of finer ones, and each preset's defaults."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ Tune = Literal["full", "expert", "lora", "lora+expert"]
 class LoraSettings:
     """Low-rank updates; the ranks are openpi's.
 
-    vlm, expert: of each; rank 0 does without.
-    siglip: train SigLIP too, as openpi does when it trains updates.
+    Args:
+        vlm: updates of the VLM; rank 0 does without.
+        expert: updates of the action expert; rank 0 does without.
+        siglip: train SigLIP too, as openpi does when it trains updates.
     """
 
     vlm: LoraConfig = field(default_factory=lambda: LoraConfig(rank=16))
@@ -35,15 +38,16 @@ class LoraSettings:
 class InputSettings:
     """How samples are read.
 
-    tokenizer: `demo`, `paligemma`, or the path of a sentencepiece model.
-    workers: processes that decode; 0 decodes in this one.
-    on_bad_sample: `error`, or `replace` it by a good one that is a function of its index.
-    augment: crop, rotate and recolour images on the device.
-    max_normalized: larger normalised values are refused; `None` allows any.
-    cache_gib: decoded images are kept on disk if they take no more; 0 decodes them at every access.
-    prompt_len: prompt tokens computed. Left out, the trainer takes what the data's longest prompt needs.
-    state_mode: of Pi0.5: `prompt`, or `unused` to leave the state out, as openpi's LIBERO configs do. By default the
-        preset's.
+    Args:
+        tokenizer: `demo`, `paligemma`, or the path of a sentencepiece model.
+        workers: processes that decode; 0 decodes in this one.
+        on_bad_sample: `error`, or `replace` it by a good one that is a function of its index.
+        augment: crop, rotate and recolour images on the device.
+        max_normalized: larger normalised values are refused; `None` allows any.
+        cache_gib: decoded images are kept on disk if they take no more; 0 decodes them at every access.
+        prompt_len: prompt tokens computed. Left out, the trainer takes what the data's longest prompt needs.
+        state_mode: of Pi0.5: `prompt`, or `unused` to leave the state out, as openpi's LIBERO configs do. By default
+            the preset's.
     """
 
     tokenizer: str = "paligemma"
@@ -60,9 +64,10 @@ class InputSettings:
 class LossSettings:
     """What the loss is the mean over; by default everything, as openpi has it.
 
-    mask_padding: leave steps past the end of an episode out.
-    mask_dims: leave out the action dimensions that pad the robot's to the model's.
-    dim_weights: of the robot's action dimensions in a weighted mean, one each; that of dimensions of padding is 1.
+    Args:
+        mask_padding: leave steps past the end of an episode out.
+        mask_dims: leave out the action dimensions that pad the robot's to the model's.
+        dim_weights: of the robot's action dimensions in a weighted mean, one each; that of dimensions of padding is 1.
     """
 
     mask_padding: bool = False
@@ -93,10 +98,11 @@ class LossSettings:
 class ValidationSettings:
     """What is held out of training, and how often the model is evaluated on it.
 
-    fraction: of the episodes that are held out, by a hash of each one's number; 0 does without validation.
-    every: steps between evaluations, besides those before the first step and at each save.
-    batches: microbatches in an evaluation, the same each time; fewer where all that is held out takes fewer.
-    seed: of which samples these are, of their noise and times.
+    Args:
+        fraction: of the episodes that are held out, by a hash of each one's number; 0 does without validation.
+        every: steps between evaluations, besides those before the first step and at each save.
+        batches: microbatches in an evaluation, the same each time; fewer where all that is held out takes fewer.
+        seed: of which samples these are, of their noise and times.
     """
 
     fraction: float = 0.0
@@ -130,7 +136,15 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What a run keeps and tells. save_every, log_every: in steps. keep_every: checkpoints kept for good."""
+    """What a run keeps and tells.
+
+    Args:
+        save_every: steps from one checkpoint to the next.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_every: checkpoints at multiples of so many steps are kept for good.
+        log_every: steps from one line of metrics to the next.
+        tracker: tensorboard or wandb, besides metrics.jsonl.
+    """
 
     save_every: int = 1000
     keep_last: int = 2
@@ -138,31 +152,45 @@ class OutputSettings:
     log_every: int = 10
     tracker: Tracker | None = None
 
+    def check(self) -> None:
+        """Raises: ValueError: a number out of range. ModuleNotFoundError: the tracker is not installed."""
+        for name in ("save_every", "keep_last", "keep_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--output.{name.replace('_', '-')}={value} must be at least 1")
+        module = {"tensorboard": "tensorboardX", "wandb": "wandb", None: None}[self.tracker]
+        if module and importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f"--output.tracker={self.tracker} needs {module}; install `pi0fast[{self.tracker}]`"
+            )
+
 
 @dataclass(frozen=True)
 class Settings:
     """Train Pi0 or Pi0.5.
 
-    mesh: devices, e.g. `fsdp:8` or `data:2,fsdp:4`; -1 is what is left.
-    data: LeRobot v3 data set, a folder or a Hub id. Left out: the demo's, made once.
-    robot: how its keys map to the model's: aloha, droid, libero, demo, or a YAML file.
-    steps: optimizer steps.
-    batch_size: samples per step, over all devices.
-    accum: microbatches per step; activations of one at a time.
-    flow_samples: draws of noise and time for each sample, behind one pass through SigLIP and the VLM.
-    out: the run's folder, runs/<preset> by default.
-    init_from: a run, an openpi checkpoint folder, or PaliGemma's .npz, whose weights to start from as far as they fit.
-    resume: go on from the newest checkpoint in `out`, or start if there is none.
-    resume_step: go on from the checkpoint of this step; newer ones are moved to `set_aside` in `out`.
-    tune: what is trained: full, expert, lora, or lora+expert (`pi0fast.tuning`).
-    freeze: comma-separated weights that are not trained either: a folder (`vlm`) stands for everything in it, `*` for
-        any characters (`*/modulation`).
-    seed: of initial weights, data order, noise and augmentation.
-    remat: activations recomputed in the backward pass: none, mlp or full.
-    reduce_dtype: of sharded weights' gradients while they are summed over `fsdp`; bfloat16 halves that traffic.
-    kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
-    profile: trace so many steps, after two others, into `out`/profile, and tell what each stage takes in them.
-    xla: compiler options besides those of `pi0fast.compiler`: name=value, comma-separated; `none` drops those.
+    Args:
+        mesh: devices, e.g. `fsdp:8` or `data:2,fsdp:4`; -1 is what is left.
+        data: LeRobot v3 data set, a folder or a Hub id. Left out: the demo's, made once.
+        robot: how its keys map to the model's: aloha, droid, libero, libero_pi05, demo, or a YAML file.
+        steps: optimizer steps.
+        batch_size: samples per step, over all devices.
+        accum: microbatches per step; activations of one at a time.
+        flow_samples: draws of noise and time for each sample, behind one pass through SigLIP and the VLM.
+        out: the run's folder, runs/<preset> by default.
+        init_from: a run, an openpi checkpoint folder, or PaliGemma's .npz, whose weights to start from as far as they
+            fit.
+        resume: go on from the newest checkpoint in `out`, or start if there is none.
+        resume_step: go on from the checkpoint of this step; newer ones are moved to `set_aside` in `out`.
+        tune: what is trained: full, expert, lora, or lora+expert (`pi0fast.tuning`).
+        freeze: comma-separated weights that are not trained either: a folder (`vlm`) stands for everything in it, `*`
+            for any characters (`*/modulation`).
+        seed: of initial weights, data order, noise and augmentation.
+        remat: activations recomputed in the backward pass: none, mlp or full.
+        reduce_dtype: of sharded weights' gradients while they are summed over `fsdp`; bfloat16 halves that traffic.
+        kernels: of attention and norms: auto, reference, triton, mosaic_gpu or mosaic_tpu.
+        profile: trace so many steps, after two others, into `out`/profile, and tell what each stage takes in them.
+        xla: compiler options besides those of `pi0fast.compiler`: name=value, comma-separated; `none` drops those.
     """
 
     mesh: str = "fsdp:-1"
@@ -195,6 +223,8 @@ class Settings:
     def __post_init__(self):
         if self.flow_samples < 1:
             raise ValueError(f"--flow-samples={self.flow_samples}: give 1 or more")
+        if self.steps < 1 or self.seed < 0:
+            raise ValueError(f"--steps={self.steps} must be at least 1, --seed={self.seed} at least 0")
 
 
 # From scratch on a laptop: a higher rate, and no augmentation, whose crops would blur where a block is. After 1400

@@ -36,7 +36,10 @@ class PromptTokenizer:
         if not Path(model_path).is_file():
             raise FileNotFoundError(f"no tokenizer at {model_path}; find_tokenizer() gives PaliGemma's")
         self.max_len = max_len
-        self._model = sentencepiece.SentencePieceProcessor(model_proto=Path(model_path).read_bytes())
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=Path(model_path).read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{model_path} is no sentencepiece model; give another, or download it again") from error
         self._bos = self._model.bos_id()
         self._newline = self._model.encode("\n")
         self._warned = False
@@ -100,7 +103,7 @@ def find_tokenizer(path: str | Path | None = None) -> Path:
     """PaliGemma's sentencepiece model: `path`, else $PI0FAST_TOKENIZER, else the cache, else downloaded into it.
 
     The cache is `$XDG_CACHE_HOME/pi0fast` (by default `~/.cache/pi0fast`). Raises FileNotFoundError when a path that
-    was given has no file, RuntimeError when the download fails or does not have the known SHA-256.
+    was given has no file, OSError when the download fails, ValueError when it does not have the known SHA-256.
     """
     for given, origin in ((path, "the path given"), (os.environ.get(PATH_VARIABLE), f"${PATH_VARIABLE}")):
         if given:
@@ -120,10 +123,10 @@ def _download(target: Path) -> None:
         with urllib.request.urlopen(PALIGEMMA_URL, timeout=60) as response:
             content = response.read()
     except OSError as error:
-        raise RuntimeError(f"PaliGemma's tokenizer could not be downloaded ({error}); {by_hand}") from error
+        raise OSError(f"PaliGemma's tokenizer could not be downloaded ({error}); {by_hand}") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != PALIGEMMA_SHA256:
-        raise RuntimeError(f"{PALIGEMMA_URL} came with SHA-256 {digest}, not {PALIGEMMA_SHA256}; {by_hand}")
+        raise ValueError(f"{PALIGEMMA_URL} came with SHA-256 {digest}, not {PALIGEMMA_SHA256}; {by_hand}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
         partial.write(content)

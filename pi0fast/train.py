@@ -7,6 +7,7 @@ Reads top to bottom: the step, the loop. Where the batches come from: `training_
 """
 
 import dataclasses
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -38,12 +39,14 @@ from pi0fast import (
 )
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import Checkpoints, RunConfig
+from pi0fast.cli import EXPECTED
 from pi0fast.config import Pi0Config
 from pi0fast.distributed import ALONE, Processes, join
 from pi0fast.observation import Observation
 from pi0fast.params import flatten
 from pi0fast.pi0 import check_kernels
 from pi0fast.report import Report
+from pi0fast.robots import DEMO, find_robot
 from pi0fast.settings import DEFAULTS, Settings, to_dict
 from pi0fast.train_state import TrainState, abstract_state, initialize, restore, save
 from pi0fast.training_data import abstract_batch, open_data, to_device
@@ -176,7 +179,11 @@ def check_finite(step: int, metrics: dict[str, Array], index: np.ndarray) -> dic
 
 
 def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
-    """Raises: FileExistsError, ValueError: `run` holds another run, or one that was not asked to go on."""
+    """Raises: PermissionError: `run` cannot be written. FileExistsError, ValueError: it holds another run, or one that
+    was not asked to go on."""
+    nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest} cannot be written to; give another --out")
     if not (run / "config.json").exists():
         if run.exists() and any(run.iterdir()):
             raise FileExistsError(f"{run} exists and is not a run; give another --out")
@@ -191,6 +198,11 @@ def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
                 f"{run} began with state_mode={was!r}, not {now!r}; give --input.state-mode={was}, or another --out"
             )
         raise ValueError(f"{run} is a run of another model; give its preset, --tune and --lora, or another --out")
+    if held.robot != find_robot(settings.robot):
+        raise ValueError(
+            f"{run} is a run of the robot {held.robot and held.robot.name!r}, as its config.json has it, and "
+            f"--robot={settings.robot} is another; give the same, or another --out and this run as --init-from"
+        )
     check_resumes(held.train, settings)
     settings.optim.check_resumes(held.train.get("optim", {}))
     settings.val.check_resumes(held.train.get("val", {}))
@@ -204,7 +216,8 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
     model_config = adapted(config.PRESETS[preset](), settings)
     mesh = meshes.make(settings.mesh)
     meshes.check_batch(settings.batch_size, mesh, settings.accum)
-    settings.val.check()
+    for group in (settings.optim, settings.val, settings.output):
+        group.check()
     with jax.set_mesh(mesh):
         check_kernels(model_config, fsdp.execution(mesh, remat=settings.remat, kernels=settings.kernels))
     compiler.options(mesh, settings.xla)  # a wrong one is an error now, not after all has been read
@@ -295,7 +308,14 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
         if validate and not start:  # where training starts from; and what fails in it fails before anything is lost
             report.validation(0, partial(validate, state.averaged, frozen))
         while step < settings.steps and not stop(step):
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except EXPECTED:  # a sample that cannot be read
+                finish(unchecked)
+                if saved < step and jax.process_count() == 1:  # other processes do not know, and would not save theirs
+                    save(checkpoints, state, frozen, loader, data.stats)
+                    report.print(f"Saved after step {step}")
+                raise
             index = batch.pop("index")
             state, metrics = profile.run(train_step, state, frozen, place(batch))
             finish(unchecked)
@@ -321,7 +341,9 @@ def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path
         report.print(f"Stopped {saying} --resume")
     else:
         best = " --step=best" if validate else ""
-        report.print(f"Loss curve: {report.plot_loss()}\nNext: python -m pi0fast.evaluate {run}{best}")
+        demo = transform.robot == DEMO
+        following = f"evaluate {run}" if demo else f"infer {run} --data={settings.data}"
+        report.print(f"Loss curve: {report.plot_loss()}\nNext: python -m pi0fast.{following}{best}")
     return run
 
 
@@ -336,7 +358,7 @@ def main(arguments: list[str]) -> None:
     compiler.take_gpu_memory()
     if chosen.profile:
         trace.keep_scopes()
-    expected = (OSError, ValueError, NonFiniteLossError)
+    expected = (*EXPECTED, NonFiniteLossError)
     try:
         with join(chosen.distributed, chosen.mesh, expected) as processes:
             train(preset, chosen, processes)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pi0fast import checkpoint, norm_stats, normalize, validation
+from pi0fast import checkpoint, norm_stats, validation
 from pi0fast import mesh as meshes
 from pi0fast.config import Pi0Config
 from pi0fast.data import demo_dataset
@@ -21,7 +21,7 @@ from pi0fast.normalize import NormStats
 from pi0fast.robots import find_robot
 from pi0fast.settings import Settings
 from pi0fast.tokenizer import PromptTokenizer, padded_len, resolve_tokenizer
-from pi0fast.transforms import SampleTransform
+from pi0fast.transforms import SampleTransform, check_cameras
 
 DEMO_DATA = Path("data/demo")
 DEMO_EPISODES = 1000
@@ -53,6 +53,9 @@ def open_data(settings: Settings, model: Pi0Config, resumed: Path | None = None)
         if robot.name != "demo":
             raise ValueError(f"--robot={settings.robot} needs --data; without --data the demo's own data set is used")
         data = str(demo_dataset.find_or_write(DEMO_DATA, DEMO_EPISODES))
+    # What may be wrong comes before what may take hours: the source decodes the images.
+    check_cameras(model, robot)
+    tokenizer = PromptTokenizer(resolve_tokenizer(settings.input.tokenizer), model.max_token_len)
     files = LeRobotFiles(find_dataset(data))
     val = settings.val
     held_out = validation.held_out(files.info["total_episodes"], val.fraction) if val.fraction else set()
@@ -64,11 +67,11 @@ def open_data(settings: Settings, model: Pi0Config, resumed: Path | None = None)
         on_bad_sample=settings.input.on_bad_sample,
         cache_bytes=int(settings.input.cache_gib * (1 << 30)),
     )
-    stats_path = norm_stats.norm_stats_path(source.root, robot, model.action_horizon)
-    if resumed is None and not stats_path.exists():
-        normalize.save(stats_path, norm_stats.compute_norm_stats(source.root, robot, model.action_horizon))
-    stats = normalize.load(stats_path) if resumed is None else checkpoint.load_stats(resumed)
-    tokenizer = PromptTokenizer(resolve_tokenizer(settings.input.tokenizer), model.max_token_len)
+    if resumed is None:
+        tolerate = settings.input.on_bad_sample == "replace"
+        stats = norm_stats.find_or_compute(source.root, robot, model.action_horizon, tolerate=tolerate)
+    else:
+        stats = checkpoint.load_stats(resumed)
     prompt_len = find_prompt_len(settings.input.prompt_len, tokenizer, source, model)
     transform = SampleTransform(model, robot, stats, tokenizer, settings.input.max_normalized, prompt_len)
     load = partial(Loader, transform=transform, process_index=jax.process_index(), process_count=jax.process_count())

@@ -61,6 +61,15 @@ def pad_to_dim(x: np.ndarray, dim: int) -> np.ndarray:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, dim - x.shape[-1])])
 
 
+def check_cameras(config: Pi0Config, robot: Robot) -> None:
+    """Raises ValueError for cameras of the robot that the model does not have."""
+    if unknown := sorted(set(robot.cameras) - set(config.cameras)):
+        raise ValueError(
+            f"robot {robot.name!r} has cameras {unknown}, which the model does not know; its cameras are "
+            f"{list(config.cameras)}: rename or drop them in the robot, or add them to Pi0Config.cameras"
+        )
+
+
 class SampleTransform:
     """Samples of `robot` → inputs of the model, and the model's actions → the robot's.
 
@@ -81,11 +90,7 @@ class SampleTransform:
         max_normalized: float | None = MAX_NORMALIZED,
         prompt_len: int | None = None,
     ):
-        if unknown := sorted(set(robot.cameras) - set(config.cameras)):
-            raise ValueError(
-                f"robot {robot.name!r} has cameras {unknown}, which the model does not know; its cameras are "
-                f"{list(config.cameras)}: rename or drop them in the robot, or add them to Pi0Config.cameras"
-            )
+        check_cameras(config, robot)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"the tokenizer's ids go up to {tokenizer.vocab_size - 1}, the model embeds {config.vocab_size}; use "
@@ -203,7 +208,7 @@ class SampleTransform:
             raise ValueError(
                 f"{key}, dimension {dim}: {x[worst]:.6g} normalises to {normalized[worst]:.6g} with {of_dim}, beyond "
                 f"±{bound:g}; check the units and that the statistics are this robot's, widen them by hand if the "
-                "dimension hardly moved in their data, or pass max_normalized=None"
+                "dimension hardly moved in their data, or pass max_normalized=None (--input.max-normalized)"
             )
         return normalized
 

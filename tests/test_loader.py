@@ -80,6 +80,16 @@ def test_the_order_depends_on_the_seed_only():
 
 
 @pytest.mark.slow
+def test_workers_make_batches_of_one():
+    with_workers, without = make_loader(workers=1, batch_size=1), make_loader(batch_size=1)
+    try:
+        for _ in range(3):
+            np.testing.assert_array_equal(next(with_workers)["index"], next(without)["index"])
+    finally:
+        with_workers.close()
+
+
+@pytest.mark.slow
 def test_the_order_is_the_same_with_workers_and_resumes():
     expected = take(make_loader(), 10)
     loader = make_loader(workers=2)
@@ -145,8 +155,8 @@ def test_resume_late_takes_no_longer():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 4}, "seed=3, this run 4.*same seed"),
-        ({"batch_size": 8}, "batch_size=4, this run 8.*same batch_size"),
+        ({"seed": 4}, "seed=3, this run 4.*same --seed"),
+        ({"batch_size": 8}, "batch_size=4, this run 8.*same --batch-size"),
         ({"fingerprint": "xyz"}, "fingerprint='abc', this run 'xyz'.*restore the data set"),
     ],
 )

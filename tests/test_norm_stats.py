@@ -13,7 +13,7 @@ import pytest
 
 from pi0fast import normalize
 from pi0fast.data.lerobot_format import find_dataset
-from pi0fast.norm_stats import compute_norm_stats, main, norm_stats_path
+from pi0fast.norm_stats import compute_norm_stats, find_or_compute, main, norm_stats_path
 from pi0fast.robots import DEMO, Robot
 
 H = 5
@@ -152,6 +152,28 @@ def test_warns_of_a_dimension_that_hardly_moves(copy):
         ["state", " dimension 2: std is 0"],
         ["state", " dimension 2: q99 - q01 is 0"],
     ]
+
+
+def test_values_that_are_not_finite_are_left_out_where_bad_samples_are_replaced(copy):
+    root, rewrite = copy
+    values = [0.1 * (row % 7) for row in range(22)]
+    rewrite(lambda table: with_gripper(table, values))
+    clean = compute_norm_stats(root, ARM, H)
+    rewrite(lambda table: with_gripper(table, [*values[:21], np.nan]))
+    with pytest.raises(ValueError, match="gripper is nan"):
+        find_or_compute(root, ARM, H)
+    kept = find_or_compute(root, ARM, H, tolerate=True)
+    assert kept["state"].mean[2] == pytest.approx(np.mean(values[:21]), rel=1e-6)
+    np.testing.assert_array_equal(kept["actions"].mean, normalize.load(norm_stats_path(root, ARM, H))["actions"].mean)
+    assert np.abs(kept["actions"].mean - clean["actions"].mean).max() < 0.5
+
+
+def test_a_data_set_that_cannot_be_written_gives_its_statistics_all_the_same(copy, caplog):
+    root, _ = copy
+    (root / "meta" / "pi0fast").write_text("a file where the folder would be")
+    stats = find_or_compute(root, ARM, H)
+    np.testing.assert_array_equal(stats["actions"].mean, compute_norm_stats(root, ARM, H)["actions"].mean)
+    assert "cannot be kept beside the data" in caplog.text
 
 
 def test_planted_errors(copy):

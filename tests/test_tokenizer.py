@@ -118,11 +118,11 @@ class TestFind:
 
     def test_other_content_is_refused(self):
         self.public.write_bytes(b"tampered")
-        with pytest.raises(RuntimeError, match=r"SHA-256 .*by hand and set PI0FAST_TOKENIZER"):
+        with pytest.raises(ValueError, match=r"SHA-256 .*by hand and set PI0FAST_TOKENIZER"):
             find_tokenizer()
         assert not self.cached.exists()
 
     def test_offline(self):
         self.public.unlink()
-        with pytest.raises(RuntimeError, match=r"could not be downloaded .*by hand and set PI0FAST_TOKENIZER"):
+        with pytest.raises(OSError, match=r"could not be downloaded .*by hand and set PI0FAST_TOKENIZER"):
             find_tokenizer()

@@ -18,10 +18,13 @@ import pytest
 from pi0fast import checkpoint, config, init_from, storage, train, train_state, training_data
 from pi0fast import mesh as meshes
 from pi0fast.checkpoint import RunConfig
+from pi0fast.data.frames import DecodeError
+from pi0fast.data.lerobot_source import LeRobotSource
 from pi0fast.integrity import CorruptCheckpointError
 from pi0fast.optim import OptimConfig
 from pi0fast.params import flatten
-from pi0fast.settings import LossSettings
+from pi0fast.robots import DEMO
+from pi0fast.settings import LossSettings, OutputSettings
 from pi0fast_kernels import _triton
 from tests.conftest import COMPILED
 from tests.mini import MINI
@@ -237,7 +240,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings):
         ({"data": "/nowhere"}, FileNotFoundError, "/nowhere"),
         ({"robot": "aloha"}, ValueError, "observation.images.cam_high"),
         ({"robot": "aloha", "data": None}, ValueError, "needs --data"),
-        ({"init_from": "/nowhere"}, FileNotFoundError, "/nowhere"),
+        ({"init_from": "/nowhere"}, FileNotFoundError, "/nowhere is no run .*, no openpi checkpoint"),
+        ({"optim": OptimConfig(warmup_steps=1000, decay_steps=500)}, ValueError, "less than --optim.decay-steps=500"),
+        ({"optim": OptimConfig(ema_decay=1.0)}, ValueError, "--optim.ema-decay=1.0 must be"),
+        ({"output": OutputSettings(save_every=0)}, ValueError, "--output.save-every=0 must be at least 1"),
+        ({"output": OutputSettings(keep_every=0)}, ValueError, "--output.keep-every=0 must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings, changes, error, message, monkeypatch):
@@ -255,6 +262,74 @@ def test_a_run_is_not_overwritten(settings):
         train.train("pi05_tiny", dataclasses.replace(settings, resume=True))
     with pytest.raises(ValueError, match="seed"):
         train.train("pi0_tiny", dataclasses.replace(settings, resume=True, seed=5))
+    robot = settings.out.with_name("arm.yaml")
+    robot.write_text(json.dumps({**DEMO.to_dict(), "delta_mask": []}))
+    with pytest.raises(ValueError, match="is a run of the robot 'demo'"):
+        train.train("pi0_tiny", dataclasses.replace(settings, resume=True, robot=str(robot)))
+    with pytest.raises(ValueError, match=r"a checkpoint inside a run; give the run, .*/run"):
+        inside = str(checkpoint.newest_checkpoint(settings.out))
+        train.train("pi0_tiny", dataclasses.replace(settings, init_from=inside, out=settings.out.with_name("new")))
+
+
+def test_what_does_not_fit_is_an_error_before_images_are_decoded(settings, monkeypatch):
+    def decode(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(training_data, "LeRobotSource", decode)
+    robot = settings.out.with_name("arm.yaml")
+    robot.write_text(json.dumps({**DEMO.to_dict(), "cameras": {"top": "observation.images.top"}}))
+    no_tokenizer = settings.out.with_name("no.model")
+    no_tokenizer.write_text("no model")
+    for changes, message in (
+        ({"robot": str(robot)}, r"cameras \['top'\], which the model does not know"),
+        ({"input": dataclasses.replace(settings.input, tokenizer=str(no_tokenizer))}, "is no sentencepiece model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.train("pi0_tiny", dataclasses.replace(settings, **changes))
+    assert not settings.out.exists()
+
+
+def test_a_sample_that_cannot_be_read_loses_no_step(settings, monkeypatch):
+    decoded = LeRobotSource._images
+
+    def fail_late(source, index):
+        if index == unreadable:
+            raise DecodeError("the video cannot be decoded")
+        return decoded(source, index)
+
+    whole = train.train("pi0_tiny", dataclasses.replace(settings, out=settings.out.with_name("whole")))
+    data = training_data.open_data(settings, MINI)
+    batches = [next(data.loader)["index"] for _ in range(5)]
+    unreadable = next(int(index) for index in batches[-1] if index not in np.concatenate(batches[:-1]))
+    rare = changed(settings, "output", save_every=100)
+    with monkeypatch.context() as patch, pytest.raises(DecodeError):
+        patch.setattr(LeRobotSource, "_images", fail_late)
+        train.train("pi0_tiny", rare)
+    assert checkpoint.steps(settings.out) == [4]
+    run = train.train("pi0_tiny", dataclasses.replace(rare, resume=True))
+    assert losses(run) == losses(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_data_are_read(own_mounts, settings, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    code = (
+        "from pathlib import Path; from pi0fast import train; from pi0fast.settings import TINY; "
+        f"from tests.mini import MINI; train.check_out(Path({str(disk / 'run')!r}), MINI, TINY)"
+    )
+    mount = f"mount -t tmpfs -o ro tmpfs {disk}"
+    command = [*own_mounts, "sh", "-c", f'{mount} && "$@"', "sh", sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert f"PermissionError: {disk} cannot be written to; give another --out" in said.stderr
+
+
+def test_the_last_words_name_a_program_for_the_robot(settings, capsys):
+    robot = settings.out.with_name("arm.yaml")
+    robot.write_text(json.dumps({**DEMO.to_dict(), "name": "arm"}))
+    for changes, words in (({}, "evaluate"), ({"robot": str(robot), "out": settings.out / "arm"}, "infer")):
+        run = train.train("pi0_tiny", dataclasses.replace(settings, steps=1, **changes))
+        data = f" --data={settings.data}" if words == "infer" else ""
+        assert f"Next: python -m pi0fast.{words} {run}{data}\n" in capsys.readouterr().out
 
 
 # ── Real processes ────────────────────────────────────────────────────────────────────────────────────────────────────

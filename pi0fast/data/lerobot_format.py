@@ -77,7 +77,10 @@ class LeRobotFiles:
         path = root / "meta" / "info.json"
         if not path.is_file():
             raise FileNotFoundError(f"{root} holds no LeRobot data set: there is no meta/info.json")
-        self.info = json.loads(path.read_text())
+        try:
+            self.info = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}; copy or download the data set again") from error
         version = str(self.info.get("codebase_version"))
         if not version.startswith("v3."):
             raise ValueError(

@@ -18,6 +18,7 @@ from pi0fast.robots import Robot
 from pi0fast.transforms import resize_with_pad
 
 MAX_REPLACEMENTS = 100  # candidates tried for one bad sample
+_REPLACE = "pass on_bad_sample='replace' (--input.on-bad-sample=replace)"
 TOLERANCE_S = 1e-4  # between a frame's time and its image's, lerobot's own default
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class LeRobotSource:
                     ) from error
                 raise DecodeError(
                     f"episode {episode} of {self.root}: {what} cannot be decoded ({type(error).__name__}: {error}); "
-                    "replace the file, delete the episode, or pass on_bad_sample='replace'"
+                    f"replace the file, delete the episode, or {_REPLACE}"
                 ) from error
             per_camera.append(resize_with_pad(images, self._image_size, self._image_size))
         return np.stack(per_camera, axis=1)
@@ -228,7 +229,7 @@ class LeRobotSource:
             if not self._tolerate:
                 raise ValueError(
                     f"{self.root}: {key} is {values[row]} in episode {episode}, frame {row - self._starts[episode]}; "
-                    "repair or delete the episode, or pass on_bad_sample='replace'"
+                    f"repair or delete the episode, or {_REPLACE}"
                 )
             self._bad[max(row - horizon + 1, self._starts[episode]) : row + 1] = True
 

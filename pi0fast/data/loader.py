@@ -9,6 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import grain
 
+ENDLESS = 1 << 62  # samples; grain's workers add to the length, which must stay below 2^63
 PREFETCH_BATCHES = 2  # made ahead in the background; per worker, with workers
 
 
@@ -104,7 +105,7 @@ class Loader:
             if state[key] != mine:
                 raise ValueError(
                     f"the loader's saved state has {key}={state[key]!r}, this run {mine!r}, so the order of the data "
-                    f"cannot be continued; {_REMEDIES[key]}, or start the data anew by not restoring the loader"
+                    f"cannot be continued; {_REMEDIES[key]}, or begin another --out with this run as --init-from"
                 )
         self.close()
         self._next_batch = int(state["next_batch"])
@@ -128,7 +129,7 @@ class Loader:
             .seed(self._seed)
             .shuffle()
             .repeat(None)
-            .map_with_index(_pair)[next_batch * self.batch_size + self._process_index :: self._process_count]
+            .map_with_index(_pair)[next_batch * self.batch_size + self._process_index : ENDLESS : self._process_count]
             .map(self._load)
             .batch(self.batch_size // self._process_count)
             .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_BATCHES))
@@ -162,6 +163,6 @@ def _pair(position: int, index: int) -> tuple[int, int]:
 
 _REMEDIES = {
     "fingerprint": "restore the data set that the run was started with",
-    "seed": "pass the same seed",
-    "batch_size": "pass the same batch_size",
+    "seed": "give the same --seed",
+    "batch_size": "give the same --batch-size",
 }
