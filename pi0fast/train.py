@@ -44,6 +44,7 @@ from pi0fast.observation import Observation
 from pi0fast.params import flatten
 from pi0fast.pi0 import check_kernels
 from pi0fast.report import Report
+from pi0fast.robots import find_robot
 from pi0fast.settings import DEFAULTS, Settings, to_dict
 from pi0fast.train_state import TrainState, abstract_state, initialize, restore, save
 from pi0fast.training_data import abstract_batch, open_data, to_device
@@ -197,6 +198,11 @@ def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
     newest = checkpoint.newest_step(run)
     if newest is not None and not (checkpoint.step_folder(run, newest) / "train_state").exists():
         raise ValueError(f"{run} has weights to start from and no training to go on with; give it as --init-from")
+    if held.robot != (robot := find_robot(settings.robot)):
+        raise ValueError(
+            f"{run} began with another robot than --robot={settings.robot} is now: {held.robot}, not {robot}; give the "
+            "same, or another --out and this run as --init-from"
+        )
 
 
 def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path:

@@ -21,6 +21,7 @@ from pi0fast.checkpoint import RunConfig
 from pi0fast.integrity import CorruptCheckpointError
 from pi0fast.optim import OptimConfig
 from pi0fast.params import flatten
+from pi0fast.robots import DEMO
 from pi0fast.settings import LossSettings
 from pi0fast_kernels import _triton
 from tests.conftest import COMPILED
@@ -255,6 +256,10 @@ def test_a_run_is_not_overwritten(settings):
         train.train("pi05_tiny", dataclasses.replace(settings, resume=True))
     with pytest.raises(ValueError, match="seed"):
         train.train("pi0_tiny", dataclasses.replace(settings, resume=True, seed=5))
+    absolute = settings.out.with_name("absolute.yaml")
+    absolute.write_text(json.dumps({**DEMO.to_dict(), "delta_mask": []}))
+    with pytest.raises(ValueError, match=r"another robot than .*delta_mask=\(True, True\).*delta_mask=\(\)"):
+        train.train("pi0_tiny", dataclasses.replace(settings, resume=True, robot=str(absolute)))
 
 
 # ── Real processes ────────────────────────────────────────────────────────────────────────────────────────────────────
