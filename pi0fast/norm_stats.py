@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,22 +23,28 @@ from pi0fast.transforms import delta_actions
 BLOCK_ACTIONS = 1 << 17  # actions of chunks made at a time
 
 
-def compute_norm_stats(dataset_root: Path, robot: Robot, action_horizon: int) -> dict[str, NormStats]:
+def compute_norm_stats(
+    dataset_root: Path, robot: Robot, action_horizon: int, on_bad_sample: Literal["error", "replace"] = "error"
+) -> dict[str, NormStats]:
     """Statistics of "state", every frame's, and "actions", every frame's chunk, after the delta step.
 
     As openpi's compute_norm_stats.py: a frame's chunk is the actions of it and the next `action_horizon - 1` frames,
     the last one of the episode repeated beyond its end. Warns of every dimension that hardly moves.
+
+    on_bad_sample: a frame whose state or chunk has a value that is not finite is an "error", or left out ("replace":
+        training replaces it).
 
     Raises FileNotFoundError when there is no data set, and ValueError when it is not of version 3, lacks a key of the
     robot, or holds values that are missing or not finite.
     """
     files = LeRobotFiles(Path(dataset_root))
     frames = files.frames((*robot.state, *robot.action))
-    for key, values in frames.values.items():
-        _check_finite(files.root, key, values, frames.starts)
+    if on_bad_sample == "error":
+        for key, values in frames.values.items():
+            _check_finite(files.root, key, values, frames.starts)
     state, actions = (np.concatenate([frames.values[key] for key in keys], 1) for keys in (robot.state, robot.action))
     stats = {
-        "state": normalize.compute([state]),
+        "state": normalize.compute([state[np.isfinite(state).all(axis=1)]]),
         "actions": normalize.compute(_chunks(actions, state, frames.starts, robot, action_horizon)),
     }
     for key, value in stats.items():
@@ -82,13 +89,16 @@ def main(data: str, robot: str, action_horizon: int, out: Path | None = None) ->
 def _chunks(
     actions: np.ndarray, state: np.ndarray, starts: np.ndarray, robot: Robot, horizon: int
 ) -> Iterator[np.ndarray]:
-    """The chunks of all frames after the delta step, a block of frames at a time: `[n * H, d]`."""
+    """The chunks of all frames after the delta step, a block of frames at a time: `[n * H, d]`; only finite ones."""
     ends = np.repeat(starts[1:], np.diff(starts))
+    finite_states, finite_actions = (np.all(np.isfinite(values), axis=1) for values in (state, actions))
     block = max(1, BLOCK_ACTIONS // horizon)
     for start in range(0, len(actions), block):
         first = np.arange(start, min(start + block, len(actions)))
         steps = np.minimum(first[:, None] + np.arange(horizon), ends[first, None] - 1)
-        yield delta_actions(actions[steps], state[first], robot.delta_mask).reshape(-1, actions.shape[1])
+        good = finite_states[first] & finite_actions[steps].all(axis=1)
+        chunks = delta_actions(actions[steps[good]], state[first[good]], robot.delta_mask)
+        yield chunks.reshape(-1, actions.shape[1])
 
 
 def _check_finite(root: Path, key: str, values: np.ndarray, starts: np.ndarray) -> None:
