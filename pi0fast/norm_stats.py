@@ -34,7 +34,7 @@ def compute_norm_stats(
     As openpi's compute_norm_stats.py: a frame's chunk is the actions of it and the next `action_horizon - 1` frames,
     the last one of the episode repeated beyond its end. Warns of every dimension that hardly moves.
 
-    tolerate: leave out states and chunks that are not finite.
+    tolerate: leave out states and chunks of which a value is not finite; training replaces such samples.
 
     Raises FileNotFoundError when there is no data set, and ValueError when it is not of version 3, lacks a key of the
     robot, or holds values that are missing or, unless tolerated, not finite.
@@ -111,14 +111,16 @@ def main(data: str, robot: str, action_horizon: int, out: Path | None = None) ->
 def _chunks(
     actions: np.ndarray, state: np.ndarray, starts: np.ndarray, robot: Robot, horizon: int
 ) -> Iterator[np.ndarray]:
-    """The chunks of all frames after the delta step, a block of frames at a time: `[n * H, d]`; the finite ones."""
+    """The chunks of all frames after the delta step, a block of frames at a time: `[n * H, d]`; only finite ones."""
     ends = np.repeat(starts[1:], np.diff(starts))
+    finite_states, finite_actions = (np.all(np.isfinite(values), axis=1) for values in (state, actions))
     block = max(1, BLOCK_ACTIONS // horizon)
     for start in range(0, len(actions), block):
         first = np.arange(start, min(start + block, len(actions)))
         steps = np.minimum(first[:, None] + np.arange(horizon), ends[first, None] - 1)
-        chunks = delta_actions(actions[steps], state[first], robot.delta_mask)
-        yield chunks[np.isfinite(chunks).all(axis=(1, 2))].reshape(-1, actions.shape[1])
+        good = finite_states[first] & finite_actions[steps].all(axis=1)
+        chunks = delta_actions(actions[steps[good]], state[first[good]], robot.delta_mask)
+        yield chunks.reshape(-1, actions.shape[1])
 
 
 def _check_finite(root: Path, key: str, values: np.ndarray, starts: np.ndarray) -> None:

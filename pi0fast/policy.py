@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pi0fast.robots import Robot, find_robot
 from pi0fast.rtc import DELAY, PREVIOUS_ACTIONS, RtcConfig, guidance
 from pi0fast.sampling import Guidance, Sampler, matmul_weights
 from pi0fast.tokenizer import PromptTokenizer, padded_len, resolve_tokenizer
-from pi0fast.transforms import SampleTransform
+from pi0fast.transforms import MAX_NORMALIZED, SampleTransform
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Policy:
             return Policy(convert.load_openpi_checkpoint(path, config.model), transform, **options)
         config = RunConfig.load(folder)
         if robot is not None:
-            config = RunConfig(config.model, find_robot(robot), config.tokenizer)
+            config = replace_fields(config, robot=find_robot(robot))
         if config.robot is None:
             raise ValueError(f"{path} does not say which robot it is for; give robot, or convert it again with --robot")
         check_kernels(config.model, Execution(kernels=options.get("kernels", "auto")))
@@ -312,7 +313,8 @@ def make_transform(config: RunConfig, stats: Mapping[str, normalize.NormStats]) 
     """The host transforms of a run."""
     assert config.robot is not None
     tokenizer = PromptTokenizer(resolve_tokenizer(config.tokenizer), config.model.max_token_len)
-    return SampleTransform(config.model, config.robot, stats, tokenizer)
+    max_normalized = config.train.get("input", {}).get("max_normalized", MAX_NORMALIZED)
+    return SampleTransform(config.model, config.robot, stats, tokenizer, max_normalized)
 
 
 def keep_compiled_programs() -> None:

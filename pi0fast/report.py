@@ -36,7 +36,7 @@ class Report:
         self._since = time.perf_counter()
         if enabled:
             _cut(self._path, start)
-            _cut(self._validation_path, start)
+            _cut(self._validation_path, start or -1)  # what training starts from is evaluated again
             self._file = self._path.open("a")
             self._track = _open_tracker(tracker, run)
 

@@ -198,17 +198,17 @@ def check_out(run: Path, model_config: Pi0Config, settings: Settings) -> None:
                 f"{run} began with state_mode={was!r}, not {now!r}; give --input.state-mode={was}, or another --out"
             )
         raise ValueError(f"{run} is a run of another model; give its preset, --tune and --lora, or another --out")
-    if held.robot != find_robot(settings.robot):
-        raise ValueError(
-            f"{run} is a run of the robot {held.robot and held.robot.name!r}, as its config.json has it, and "
-            f"--robot={settings.robot} is another; give the same, or another --out and this run as --init-from"
-        )
     check_resumes(held.train, settings)
     settings.optim.check_resumes(held.train.get("optim", {}))
     settings.val.check_resumes(held.train.get("val", {}))
     newest = checkpoint.newest_step(run)
     if newest is not None and not (checkpoint.step_folder(run, newest) / "train_state").exists():
         raise ValueError(f"{run} has weights to start from and no training to go on with; give it as --init-from")
+    if held.robot != (robot := find_robot(settings.robot)):
+        raise ValueError(
+            f"{run} began with another robot than --robot={settings.robot} is now: {held.robot}, not {robot}; give the "
+            "same, or another --out and this run as --init-from"
+        )
 
 
 def train(preset: str, settings: Settings, processes: Processes = ALONE) -> Path:

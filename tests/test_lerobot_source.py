@@ -338,6 +338,31 @@ def test_undecodable_episode_is_replaced_whatever_the_order(copy, tmp_path, demo
         LeRobotSource(copy, DEMO, HORIZON, 56, cache_dir=tmp_path / "cache")
 
 
+def test_an_episode_that_decodes_in_part_is_replaced_whatever_the_order(copy, caplog):
+    (path,) = (copy / "videos" / WRIST).rglob("*.mp4")
+    video = bytearray(path.read_bytes())
+    middle = len(video) // 2
+    video[middle : middle + len(video) // 20] = bytes(len(video) // 20)
+    path.write_bytes(video)
+
+    strict, undecodable = open_source(copy), []
+    for index in range(len(strict)):
+        try:
+            strict[index]
+        except DecodeError:
+            undecodable.append(index)
+    episodes = {strict._episode(index) for index in undecodable}
+    frames = [index for index in range(len(strict)) if strict._episode(index) in episodes]
+    assert 0 < len(undecodable) < len(frames)
+    forward, backward = (open_source(copy, on_bad_sample="replace") for _ in range(2))
+    backwards = {index: backward[index] for index in reversed(range(len(backward)))}
+    for index in range(len(forward)):
+        assert_same(forward[index], backwards[index])
+    assert forward.replaced == len(undecodable)
+    said = [record.message for record in caplog.records if "cannot be decoded" in record.message]
+    assert len(said) == 2 * len(episodes)  # once by each source
+
+
 def test_nothing_good_left(copy):
     edit_column(
         data_file(copy), "action", lambda values: values.__setitem__(slice(None), [[float("nan")] * 2] * len(values))

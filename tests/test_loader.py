@@ -1,5 +1,9 @@
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -95,6 +99,61 @@ def test_the_order_is_the_same_with_workers_and_resumes():
     loader = make_loader(workers=2)
     loader.restore({**loader.state(), "next_batch": 3})
     np.testing.assert_array_equal(take(loader, 7), expected[3:])
+
+
+PROGRAM = """
+import itertools, multiprocessing, os, signal, sys
+from tests.test_loader import make_loader, slow_transform
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+loader = make_loader(workers=2, transform=slow_transform)
+next(loader)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+print(len(list(itertools.islice(loader, 8))))
+loader.close()
+"""
+
+
+@pytest.fixture
+def program():
+    """A process that waits behind its first batch, in a process group of its own; and its two workers."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True, text=True) as process:
+        assert process.stdout
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        yield process, workers
+        for pid in (process.pid, *workers):
+            if runs(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_process_group_leaves_the_workers_to_their_process(program):
+    process, _ = program
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert out.strip() == "8" and process.returncode == 0, err
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_process(program):
+    process, workers = program
+    process.kill()
+    deadline = time.monotonic() + 60
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline, "workers of a process that was killed go on"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("count", [2, 4])

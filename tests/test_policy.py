@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 import jax
@@ -181,6 +182,17 @@ def test_prompt_lengths_that_are_asked_for(run, observation):
         policy.infer({**observation, "prompt": "touch the red block"})
     with pytest.raises(ValueError, match=r"prompt_buckets=\(9,\): give at least one, each from 1 to 8 tokens"):
         Policy.load(run[0], prompt_buckets=(9,))
+
+
+def test_a_run_takes_the_values_at_inference_that_it_took_in_training(run, policy, observation, tmp_path):
+    far = {**observation, "observation.state": np.array([0.5, 50.0])}
+    with pytest.raises(ValueError, match="beyond ±100"):
+        policy.infer(far)
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    RunConfig(config.pi0_tiny(), DEMO, "demo", {"input": {"max_normalized": None}}).save(folder)
+    for robot in (None, "demo"):
+        actions = Policy.load(folder, robot=robot, prompt_buckets=(8,)).infer(far)["actions"]
+        assert np.isfinite(actions).all()
 
 
 def test_default_prompt(run, observation):

@@ -57,3 +57,10 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
             step(reporter, number)
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 3.0), (4, 0.25)]
     assert (tmp_path / "validation.jsonl").read_text() == '{"step": 2, "loss": 3.5}\n'
+
+
+def test_a_run_without_a_checkpoint_starts_its_evaluations_anew(tmp_path):
+    for loss in (3.0, 2.0):  # stopped before its first save, and resumed
+        with report(tmp_path) as reporter:
+            reporter.validation(0, lambda loss=loss: {"loss": loss})
+    assert json.loads((tmp_path / "validation.jsonl").read_text()) == {"step": 0, "loss": 2.0}

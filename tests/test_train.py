@@ -13,6 +13,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pi0fast import checkpoint, config, init_from, storage, train, train_state, training_data
@@ -262,10 +264,10 @@ def test_a_run_is_not_overwritten(settings):
         train.train("pi05_tiny", dataclasses.replace(settings, resume=True))
     with pytest.raises(ValueError, match="seed"):
         train.train("pi0_tiny", dataclasses.replace(settings, resume=True, seed=5))
-    robot = settings.out.with_name("arm.yaml")
-    robot.write_text(json.dumps({**DEMO.to_dict(), "delta_mask": []}))
-    with pytest.raises(ValueError, match="is a run of the robot 'demo'"):
-        train.train("pi0_tiny", dataclasses.replace(settings, resume=True, robot=str(robot)))
+    absolute = settings.out.with_name("absolute.yaml")
+    absolute.write_text(json.dumps({**DEMO.to_dict(), "delta_mask": []}))
+    with pytest.raises(ValueError, match=r"another robot than .*delta_mask=\(True, True\).*delta_mask=\(\)"):
+        train.train("pi0_tiny", dataclasses.replace(settings, resume=True, robot=str(absolute)))
     with pytest.raises(ValueError, match=r"a checkpoint inside a run; give the run, .*/run"):
         inside = str(checkpoint.newest_checkpoint(settings.out))
         train.train("pi0_tiny", dataclasses.replace(settings, init_from=inside, out=settings.out.with_name("new")))
@@ -330,6 +332,22 @@ def test_the_last_words_name_a_program_for_the_robot(settings, capsys):
         run = train.train("pi0_tiny", dataclasses.replace(settings, steps=1, **changes))
         data = f" --data={settings.data}" if words == "infer" else ""
         assert f"Next: python -m pi0fast.{words} {run}{data}\n" in capsys.readouterr().out
+
+
+def test_bad_samples_are_replaced_and_left_out_of_the_statistics(settings, demo_dataset, tmp_path):
+    folder = shutil.copytree(demo_dataset, tmp_path / "bad", ignore=shutil.ignore_patterns("pi0fast"))
+    (path,) = (folder / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    actions = [[float("nan"), 0.0], *table["action"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", pa.array(actions)), path)
+    bad = dataclasses.replace(settings, data=str(folder))
+    with pytest.raises(ValueError, match="on_bad_sample='replace'"):
+        training_data.open_data(bad, MINI)
+    data = training_data.open_data(changed(bad, "input", on_bad_sample="replace"), MINI)
+    batches = [next(data.loader) for _ in range(-(-data.loader.num_samples // settings.batch_size))]
+    data.loader.close()
+    assert np.isfinite(data.stats["actions"].mean).all()
+    assert all(np.isfinite(batch["actions"]).all() for batch in batches)
 
 
 # ── Real processes ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,9 +31,9 @@ class LeRobotSource:
     robot: which keys make up the state, the actions and the cameras.
     action_horizon: H, actions per sample: this frame's and the following ones'.
     image_size: s, every image is resized and padded to s × s.
-    on_bad_sample: a state or action that is not finite, or an episode that cannot be decoded, is an "error", or the
-        sample is replaced by a good one that is a function of its index alone ("replace"). It is never skipped:
-        skipping would shift the order of the samples behind it.
+    on_bad_sample: a state or action that is not finite, or an image that cannot be decoded (where images are kept on
+        disk: one of its episode), is an "error", or the sample is replaced by a good one that is a function of its
+        index alone ("replace"). It is never skipped: skipping would shift the order of the samples behind it.
     cache_bytes: the decoded images are kept on disk if they are no larger than this; 0 decodes at every access.
     cache_dir: where they are kept (`frames.default_cache_dir()`).
 
@@ -75,6 +75,7 @@ class LeRobotSource:
         self._tolerate = on_bad_sample == "replace"
         self.frames = np.arange(len(self._timestamp))
         self._bad = np.zeros(len(self), bool)
+        self._undecodable: set[int] = set()  # episodes
         self.replaced = 0
         for keys in (robot.state, robot.action):
             for key in keys:
@@ -141,7 +142,8 @@ class LeRobotSource:
             except DecodeError as error:
                 if not self._tolerate:
                     raise
-                self._mark_undecodable(self._episode(candidate), str(error))
+                # Others of its episode may decode, and be drawn before it or after it, here or in another process.
+                self._mark_undecodable(candidate, candidate + 1, str(error))
                 continue
             self.replaced += candidate != frame
             return self._sample(candidate, images)
@@ -215,12 +217,15 @@ class LeRobotSource:
         for episode, reason in cache.undecodable.items():
             if not self._tolerate:
                 raise DecodeError(f"{reason} (noted in {folder}; remove that folder to decode again)")
-            self._mark_undecodable(episode, reason)
+            self._mark_undecodable(self._starts[episode], self._starts[episode + 1], reason)
         return cache
 
-    def _mark_undecodable(self, episode: int, reason: str) -> None:
-        logger.warning("%s", reason)
-        self._bad[self._starts[episode] : self._starts[episode + 1]] = True
+    def _mark_undecodable(self, start: int, stop: int, reason: str) -> None:
+        """Frames of one episode; the first of it, with a warning."""
+        if (episode := self._episode(start)) not in self._undecodable:
+            self._undecodable.add(episode)
+            logger.warning("%s", reason)
+        self._bad[start:stop] = True
 
     def _find_not_finite(self, key: str, values: np.ndarray, horizon: int) -> None:
         """Mark the samples whose state (horizon 1) or actions hold a value that is not finite."""

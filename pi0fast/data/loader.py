@@ -1,5 +1,8 @@
 """Batches in a fixed order: a function of the seed and the data set, not of the number of workers or processes."""
 
+import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -140,7 +143,8 @@ class Loader:
 
             flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=PREFETCH_BATCHES)
+                grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=PREFETCH_BATCHES),
+                _leave_group,
             )
         return iter(dataset)
 
@@ -155,6 +159,20 @@ class _Load:
         position, index = position_and_index
         sample = self._transform(self._source[index])
         return {**sample, "example": np.int64(position), "index": np.int64(self._source.frames[index])}
+
+
+def _leave_group(*_) -> None:
+    """A worker lives as long as the process that started it, whatever is sent to that one's process group: at Ctrl-C
+    that one may need batches until all processes of a run are at the same step."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    os.setpgid(0, 0)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _pair(position: int, index: int) -> tuple[int, int]:
