@@ -249,6 +249,14 @@ def test_scan():
     same(scanned, q, k, v)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "triton"])
+def test_a_second_derivative_names_the_remedy(implementation):
+    q, k, v, _ = arrays(PUBLIC)
+    once = jax.grad(partial(loss, implementation))
+    with pytest.raises(NotImplementedError, match="no second derivatives .* pass implementation='reference'"):
+        jax.grad(lambda q: jnp.sum(once(q, k, v, *random_ranges(PUBLIC))))(q)
+
+
 def on_tpu(generation: str):
     """As if the program were traced for a TPU."""
     described = AbstractDevice(device_kind=KINDS[generation], num_cores=1, platform="tpu")

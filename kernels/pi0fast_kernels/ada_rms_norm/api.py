@@ -109,7 +109,7 @@ class _How:
         run = of(import_module(f"pi0fast_kernels.ada_rms_norm.{self.name}"), device=self.device)
         if self.guess:
             run = _dispatch.on_platform(_dispatch.PLATFORMS[self.name], run, of(reference))
-        return _dispatch.fold_vmap(run)(*given.values())
+        return _dispatch.once_differentiable(_dispatch.fold_vmap(run), "ada_rms_norm")(*given.values())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -94,7 +94,7 @@ class _How:
             run = _dispatch.on_platform(
                 _dispatch.PLATFORMS[self.name], run, partial(getattr(reference, name), scale=self.scale)
             )
-        return _dispatch.fold_vmap(run)
+        return _dispatch.once_differentiable(_dispatch.fold_vmap(run), "prefix_lm_attention")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
