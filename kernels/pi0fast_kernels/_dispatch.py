@@ -119,6 +119,19 @@ def fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def once_differentiable(function: Callable[..., Any], op: str) -> Callable[..., Any]:
+    """A pass of an op with its own derivative: where that is to be differentiated again, the error says what to do."""
+    function = jax.custom_jvp(function)
+
+    @function.defjvp
+    def rule(*_):
+        raise NotImplementedError(
+            f"{op} has no second derivatives in its kernels; pass implementation='reference' where they are needed"
+        )
+
+    return function
+
+
 def vary_alike(*arrays: jax.Array | None) -> list[Any]:
     """The arrays, all marked as varying over every mesh axis that one of them varies over (inside `shard_map`).
 

@@ -233,6 +233,22 @@ def test_what_a_tpu_kernel_cannot_run():
         ada_rms_norm(x, scale, implementation="mosaic_tpu")
 
 
+def test_a_second_derivative_names_the_remedy():
+    given = inputs("scale")
+    once = jax.grad(lambda x: loss({**given, "x": x}, implementation="mosaic_tpu"))
+    with pytest.raises(NotImplementedError, match="no second derivatives .* pass implementation='reference'"):
+        jax.grad(lambda x: jnp.sum(once(x)))(given["x"])
+
+
+@pytest.mark.parametrize("name", ["scale", "shift", "gate"])
+def test_it_refuses_float16_modulations(name):
+    """Mosaic cannot load them."""
+    x = jnp.zeros((1, 2, 8))
+    given: dict[str, Any] = {"scale": jnp.zeros(8), name: jnp.zeros(8, jnp.float16)}
+    with pytest.raises(ValueError, match="mosaic_tpu: it takes bfloat16 and float32, not float16"):
+        ada_rms_norm(x, residual=x, **given, implementation="mosaic_tpu")
+
+
 WIDEST = Case("widest", 32, 816, 4096, residual=True, adaptive=True)
 
 

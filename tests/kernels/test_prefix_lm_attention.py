@@ -80,6 +80,18 @@ def test_empty_ranges_give_zeros_and_zero_gradients():
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys", "heads"])
+def test_arrays_without_elements(empty):
+    b, t, s, n = (0 if name == empty else 2 for name in ("batch", "queries", "keys", "heads"))
+    q, k = jnp.ones((b, t, n, C)), jnp.ones((b, s, 1, C))
+
+    def total(q, k, v):
+        return jnp.sum(prefix_lm_attention(q, k, v, None, None, scale=1.0))
+
+    out, gradients = jax.value_and_grad(total, (0, 1, 2))(q, k, k)
+    assert out == 0 and not any(gradient.any() for gradient in gradients)
+
+
 def test_half_precision_stays_close_and_keeps_its_dtype():
     (q, k, v), (start, end) = inputs(4, 1), ranges()
     exact = prefix_lm_attention(q, k, v, start, end, scale=0.3)
@@ -93,6 +105,7 @@ def test_half_precision_stays_close_and_keeps_its_dtype():
     ("change", "error", "message"),
     [
         ({"q": jnp.zeros((B, T, 3, C))}, ValueError, "3 query heads are not a multiple of 2"),
+        ({"k": jnp.zeros((B, S, 0, C)), "v": jnp.zeros((B, S, 0, C))}, ValueError, "not a multiple of 0"),
         ({"v": jnp.zeros((B, S + 1, 2, C))}, ValueError, "differ"),
         ({"key_start": jnp.zeros((T,), int)}, ValueError, "key_start has shape"),
         ({"key_end": jnp.zeros((B, T))}, TypeError, "key_end is float32"),

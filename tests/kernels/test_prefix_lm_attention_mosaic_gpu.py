@@ -360,7 +360,8 @@ def test_only_a_caller_that_names_it_gets_it():
     ],
 )
 def test_what_it_refuses(device, dtype, head_dim, message):
-    refused = api._reasons(device, jnp.zeros((1, 4, 2, head_dim), dtype), 8)["mosaic_gpu"]
+    x = jnp.zeros((1, 4, 2, head_dim), dtype)
+    refused = api._reasons(device, x, x)["mosaic_gpu"]
     assert refused is None if message is None else message in str(refused)
 
 

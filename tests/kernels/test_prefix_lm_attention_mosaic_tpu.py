@@ -128,7 +128,14 @@ def error(actual, exact) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(actual, np.float64) - np.asarray(exact, np.float64)))))
 
 
-@pytest.mark.parametrize(("shape", "config"), [(Shape(1, 21, 21, 4, 1, 64), None), (Shape(1, 20, 40, 8, 2, 32), SMALL)])
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        (Shape(1, 21, 21, 4, 1, 64), None),
+        (Shape(1, 20, 40, 8, 2, 32), SMALL),
+        pytest.param(Shape(1, 17, 40, 1, 1, 32), SINGLE, id="a part of one row"),
+    ],
+)
 def test_bfloat16(shape, config):
     start, end = causal_ranges(shape)
     inputs = arrays(shape)
@@ -242,6 +249,14 @@ def test_scan():
     same(scanned, q, k, v)
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "triton"])
+def test_a_second_derivative_names_the_remedy(implementation):
+    q, k, v, _ = arrays(PUBLIC)
+    once = jax.grad(partial(loss, implementation))
+    with pytest.raises(NotImplementedError, match="no second derivatives .* pass implementation='reference'"):
+        jax.grad(lambda q: jnp.sum(once(q, k, v, *random_ranges(PUBLIC))))(q)
+
+
 def on_tpu(generation: str):
     """As if the program were traced for a TPU."""
     described = AbstractDevice(device_kind=KINDS[generation], num_cores=1, platform="tpu")
@@ -285,9 +300,18 @@ def test_a_program_traced_for_a_tpu_chooses_it_and_still_runs_on_a_cpu():
     ],
 )
 def test_what_it_refuses(num_keys, dtype, message):
-    q = jnp.zeros((1, 4, 2, 256), dtype)
-    refused = api._reasons(Device("tpu", KINDS["v5e"], None, 1), q, num_keys)["mosaic_tpu"]
+    q, k = jnp.zeros((1, 4, 2, 256), dtype), jnp.zeros((1, num_keys, 1, 256), dtype)
+    refused = api._reasons(Device("tpu", KINDS["v5e"], None, 1), q, k)["mosaic_tpu"]
     assert refused is None if message is None else re.search(message, str(refused))
+
+
+@pytest.mark.parametrize(("batch", "refuses"), [(2**16, True), (60_000, False)])
+def test_it_refuses_more_examples_than_scalars_can_be_prefetched_for(batch, refuses):
+    x = jnp.zeros((batch, 1, 1, 16), jnp.bfloat16)
+    refused = api._reasons(Device("tpu", KINDS["v5e"], None, 1), x, x)["mosaic_tpu"]
+    assert (refused is not None) == refuses
+    if refuses:
+        assert "up to 61440 tiles of rows, not 65536; split the batch" in str(refused)
 
 
 # Compiled by libtpu.
@@ -306,7 +330,10 @@ def uncached():
 
 def compiled(name: str, generation: str, backward: bool, dtype=jnp.bfloat16) -> str:
     """The optimised program of one direction of a case."""
-    case = next(case for case in cases.CASES if case.name == name)
+    return compiled_case(next(case for case in cases.CASES if case.name == name), generation, backward, dtype)
+
+
+def compiled_case(case: cases.Case, generation: str, backward: bool, dtype=jnp.bfloat16) -> str:
     chip = jax.sharding.SingleDeviceSharding(targets.devices(CHIPS[generation])[0])
     array = partial(jax.ShapeDtypeStruct, sharding=chip)
     q = array((case.batch, case.queries, case.heads, case.head_dim), dtype)
@@ -342,6 +369,30 @@ def test_compiles(uncached, name, generation):
             assert not moved, moved
 
 
+@pytest.mark.parametrize(
+    "generation", [pytest.param(name, marks=() if name == "v6e" else pytest.mark.slow) for name in KINDS]
+)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [pytest.param(257, 257, id="ViT-L/14 with its class token"), pytest.param(1, 300, id="decoding")],
+)
+def test_compiles_where_a_part_has_one_row(uncached, queries, keys, generation):
+    case = cases.Case("one row", 1, queries, keys, 2, 2, 64, "all")
+    for backward in (False, True):
+        assert "tpu_custom_call" in compiled_case(case, generation, backward)
+
+
+@pytest.mark.parametrize("generation", KINDS)
+def test_float32_programs_stay_short(generation):
+    """On v6e 112 pieces of logits in one program took minutes to compile, float32 products being of several passes."""
+    config = mosaic_tpu_tiles.tuning(Device("tpu", KINDS[generation], None, 1), jnp.float32)
+    for tile in (config.forward, config.few_rows, config.backward):
+        for rows in range(128, 4096, 128):
+            q, k = (jnp.broadcast_to(jnp.zeros(()), (8, length, 1, 256)) for length in (rows, 1024))
+            plan = mosaic_tpu_tiles.plan(q, k, tile, config)
+            assert len(plan.parts) * len(plan.chunks) <= 32
+
+
 @pytest.mark.slow
 def test_compiles_inside_shard_map_and_checkpoint(uncached):
     """The interpreter has not been tried on several devices: here the compiler has eight."""
@@ -362,4 +413,4 @@ def test_compiles_inside_shard_map_and_checkpoint(uncached):
 def test_every_generation_is_tuned(generation):
     device = Device("tpu", KINDS[generation], None, 1)
     assert _mosaic_tpu.generation(device) == generation
-    assert mosaic_tpu_tiles.tuning(device) is mosaic_tpu_tiles.TUNING[generation]
+    assert mosaic_tpu_tiles.tuning(device, jnp.bfloat16) is mosaic_tpu_tiles.TUNING[generation]

@@ -66,7 +66,10 @@ def ada_rms_norm(x, scale, shift=None, *, residual=None, gate=None, eps=1e-6, im
     _validate(x, scale, shift, residual, gate)
     device = _dispatch.device()
     name = _dispatch.choose(
-        "ada_rms_norm", implementation, _reasons(device, x), ORDER.get(device.platform, ("reference",))
+        "ada_rms_norm",
+        implementation,
+        _reasons(device, x, scale, shift, gate),
+        ORDER.get(device.platform, ("reference",)),
     )
     if name == "reference":
         normed, total = reference.norm(x, scale, shift, residual, gate, eps=eps)
@@ -106,7 +109,7 @@ class _How:
         run = of(import_module(f"pi0fast_kernels.ada_rms_norm.{self.name}"), device=self.device)
         if self.guess:
             run = _dispatch.on_platform(_dispatch.PLATFORMS[self.name], run, of(reference))
-        return _dispatch.fold_vmap(run)(*given.values())
+        return _dispatch.once_differentiable(_dispatch.fold_vmap(run), "ada_rms_norm")(*given.values())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -134,15 +137,18 @@ def _fused_backward(how, saved, cotangents):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _reasons(device: _dispatch.Device, x: Float[Array, "B T D"]) -> dict[str, str | None]:
+def _reasons(
+    device: _dispatch.Device, x: Float[Array, "B T D"], *modulations: Modulation | None
+) -> dict[str, str | None]:
     """Every implementation, and why it cannot run."""
     shape = None if x.shape[-1] <= 4096 else f"it takes widths up to 4096, not {x.shape[-1]}"
     if x.size == 0:
         shape = f"x {x.shape} is empty"
+    dtypes = [array.dtype for array in (x, *modulations) if array is not None]
     return {
         "reference": None,
         "triton": shape or _triton.reason(device, x.dtype),
-        "mosaic_tpu": shape or _mosaic_tpu.reason(device, x.dtype),
+        "mosaic_tpu": shape or next(filter(None, (_mosaic_tpu.reason(device, dtype) for dtype in dtypes)), None),
     }
 
 

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pi0fast_kernels import _dispatch, _mosaic_gpu, _mosaic_tpu, _triton
-from pi0fast_kernels.prefix_lm_attention import jax_nn, reference
+from pi0fast_kernels.prefix_lm_attention import jax_nn, mosaic_tpu_tiles, reference
 
 Implementation = Literal["reference", "triton", "mosaic_gpu", "mosaic_tpu", "xla", "cudnn"]
 
@@ -62,7 +62,7 @@ def prefix_lm_attention(
     name = _dispatch.choose(
         "prefix_lm_attention",
         implementation,
-        _reasons(device, q, s),
+        _reasons(device, q, k),
         ORDER.get(device.platform, ("reference",)),
         fallback_bytes=4 * b * n * t * s,
     )
@@ -94,7 +94,7 @@ class _How:
             run = _dispatch.on_platform(
                 _dispatch.PLATFORMS[self.name], run, partial(getattr(reference, name), scale=self.scale)
             )
-        return _dispatch.fold_vmap(run)
+        return _dispatch.once_differentiable(_dispatch.fold_vmap(run), "prefix_lm_attention")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -116,9 +116,9 @@ def _fused_backward(how, residuals, dout):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int) -> dict[str, str | None]:
+def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], k: Float[Array, "B S K C"]) -> dict[str, str | None]:
     """Every implementation, and why it cannot run."""
-    c = q.shape[-1]
+    c, num_keys = q.shape[-1], k.shape[1]
     shape = None if 16 <= c <= 256 else f"it takes head dimensions from 16 to 256, not {c}"
     if q.size == 0 or num_keys == 0:
         shape = f"q {q.shape} or its {num_keys} keys are empty"
@@ -126,7 +126,10 @@ def _reasons(device: _dispatch.Device, q: Float[Array, "B T N C"], num_keys: int
         "reference": None,
         "triton": shape or _triton.reason(device, q.dtype),
         "mosaic_gpu": shape or _mosaic_gpu.reason(device, q.dtype) or _unaligned(c),
-        "mosaic_tpu": shape or _mosaic_tpu.reason(device, q.dtype) or _too_many_keys(q, num_keys),
+        "mosaic_tpu": shape
+        or _mosaic_tpu.reason(device, q.dtype)
+        or _too_many_keys(q, num_keys)
+        or _too_many_tiles(device, q, k),
         "xla": None,
         "cudnn": jax_nn.cudnn_reason(device, q),
     }
@@ -149,6 +152,16 @@ def _too_many_keys(q: Float[Array, "B T N C"], num_keys: int) -> str | None:
     )
 
 
+def _too_many_tiles(device: _dispatch.Device, q: Float[Array, "B T N C"], k: Float[Array, "B S K C"]) -> str | None:
+    """The TPU's kernels prefetch four scalars for each, into an SMEM of 1 MiB."""
+    config = mosaic_tpu_tiles.tuning(device, q.dtype)
+    plan = mosaic_tpu_tiles.plan(q, k, config.backward, config)
+    tiles, most = q.shape[0] // plan.examples * plan.tiles, 15 * 2**12
+    if tiles <= most:
+        return None
+    return f"it takes up to {most} tiles of rows, not {tiles}; split the batch, or pass implementation='reference'"
+
+
 def _validate(q, k, v, key_start, key_end) -> None:
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q {q.shape} and k {k.shape} must be [B, T, N, C] and [B, S, K, C]; add the missing axes")
@@ -156,7 +169,7 @@ def _validate(q, k, v, key_start, key_end) -> None:
         raise ValueError(f"k {k.shape} and v {v.shape} differ; give both as [B, S, K, C]")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {q.shape} and k {k.shape} must share batch and head dimension")
-    if q.shape[2] % k.shape[2]:
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key/value heads")
     for name, bound in (("key_start", key_start), ("key_end", key_end)):
         if bound is None:

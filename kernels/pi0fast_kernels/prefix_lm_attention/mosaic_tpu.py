@@ -68,6 +68,8 @@ def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
 
 def _dot(a, b, over: tuple[int, int]):
     """The product of a and b in float32, summed over these axes."""
+    if over == (1, 1) and b.shape[0] == 1:  # for a matrix and one row of half precision Mosaic has no product
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = ((over[:1], over[1:]), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -347,7 +349,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]:
     """The attended values, and the logsumexp of each row's logits."""
     b, t, n, c = q.shape
-    chosen = config or mosaic_tpu_tiles.tuning(device)
+    chosen = config or mosaic_tpu_tiles.tuning(device, q.dtype)
     few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
     plan = mosaic_tpu_tiles.plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
     ranges = mosaic_tpu_tiles.intervals(key_start, key_end, plan)
@@ -397,7 +399,7 @@ def backward(
 ) -> tuple[Float[Array, "B T N C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     """Gradients of q, k and v."""
     b, c = q.shape[0], q.shape[3]
-    chosen = config or mosaic_tpu_tiles.tuning(device)
+    chosen = config or mosaic_tpu_tiles.tuning(device, q.dtype)
     plan = mosaic_tpu_tiles.plan(q, k, chosen.backward, chosen)
     ranges = mosaic_tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)

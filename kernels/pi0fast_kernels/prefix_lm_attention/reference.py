@@ -27,9 +27,11 @@ def attention(
     scale: float,
 ) -> Float[Array, "B T N C"]:
     """See `pi0fast_kernels.prefix_lm_attention`."""
+    if q.size == 0 or k.size == 0:
+        return jnp.zeros_like(q)
     rows = (slice(first, first + BLOCK) for first in range(0, q.shape[1], BLOCK))
     blocks = [_attention(q[:, some], k, v, key_start[:, some], key_end[:, some], scale) for some in rows]
-    return jnp.concatenate(blocks, axis=1) if blocks else q
+    return jnp.concatenate(blocks, axis=1)
 
 
 def _attention(q, k, v, key_start, key_end, scale):
