@@ -30,7 +30,9 @@ Numerics: products accumulate in float32 (those of float32 arrays are exact to f
 dtype before they multiply v (before they are normalised, where the reference rounds after), and the logits' gradients
 before they multiply q and k.
 
-Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after.
+Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after. Where each head
+has its own keys, and C is no multiple of the 128 lanes (SigLIP's 72), the kernels take and make C × tokens instead:
+that is how XLA lays such arrays out by itself, so nothing moves, C is not padded, and no row is transposed here.
 """
 
 from collections.abc import Callable, Iterator
