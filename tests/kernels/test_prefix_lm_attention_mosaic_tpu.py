@@ -24,7 +24,7 @@ KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 SLOW = pytest.mark.slow
 SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16, 1)], unit=128, fill=32)
-NOT_MOVED = {"pi0_prefix": "32,6528,256", "siglip": "(?:96,256,16,72|1536,72,256|1536,256,72)"}
+NOT_MOVED = {"pi0_prefix": "32,6528,256", "siglip": r"[\d,]*\b72\b[\d,]*"}
 SINGLE = TuningConfig(*3 * [Tile(32, 0, 64, 16, 8, 2)], unit=16, fill=16)  # one block, of chunks
 
 
@@ -334,7 +334,7 @@ def compiled(name: str, generation: str, backward: bool, dtype=jnp.bfloat16) -> 
     ],
 )
 def test_compiles(uncached, name, generation):
-    """An overflow of VMEM would be an error; q, its gradient and the attended values are not copied."""
+    """An overflow of VMEM would be an error. q is not copied, nor is SigLIP's k or v, nor what is made of them."""
     for backward in (False, True):
         program = compiled(name, generation, backward)
         kernel = "prefix_lm_attention_backward" if backward else "prefix_lm_attention_forward"

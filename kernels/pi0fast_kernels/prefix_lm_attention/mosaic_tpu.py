@@ -59,8 +59,8 @@ VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
 
-def _at(head: int, tokens, plan: Plan) -> tuple:
-    """The index of a head's tokens, in an array that lies as `Plan.transposed` says."""
+def _at(head: int | slice, tokens, plan: Plan) -> tuple:
+    """The index of tokens of a head, or of several, in an array that lies as `Plan.transposed` says."""
     return (head, slice(None), tokens) if plan.transposed else (head, tokens)
 
 
