@@ -24,6 +24,7 @@ KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 SLOW = pytest.mark.slow
 SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16, 1)], unit=128, fill=32)
+NOT_MOVED = {"pi0_prefix": "32,6528,256", "siglip": r"[\d,]*\b72\b[\d,]*"}
 SINGLE = TuningConfig(*3 * [Tile(32, 0, 64, 16, 8, 2)], unit=16, fill=16)  # one block, of chunks
 
 
@@ -114,6 +115,7 @@ def agree(actual, exact, start, end, shape: Shape) -> None:
         pytest.param(Shape(2, 7, 33, 6, 2, 64), random_ranges, None, id="grouped"),
         pytest.param(Shape(2, 35, 70, 4, 1, 16), random_ranges, SMALL, id="several blocks, neither end aligned"),
         pytest.param(Shape(1, 64, 64, 4, 1, 16), causal_ranges, SMALL, id="several blocks, causal, aligned"),
+        pytest.param(Shape(1, 140, 70, 2, 2, 24), random_ranges, SMALL, id="transposed, several tiles and blocks"),
     ],
 )
 def test_values_and_gradients(shape, ranges, config):
@@ -354,18 +356,18 @@ def compiled_case(case: cases.Case, generation: str, backward: bool, dtype=jnp.b
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(case.name, marks=pytest.mark.slow if case.name == "pi0_prefix" else pytest.mark.long)
+        pytest.param(case.name, marks=pytest.mark.slow if case.name in NOT_MOVED else pytest.mark.long)
         for case in cases.CASES
     ],
 )
 def test_compiles(uncached, name, generation):
-    """An overflow of VMEM would be an error; with one key/value head q and its gradient are not copied."""
+    """An overflow of VMEM would be an error. q is not copied, nor is SigLIP's k or v, nor what is made of them."""
     for backward in (False, True):
         program = compiled(name, generation, backward)
         kernel = "prefix_lm_attention_backward" if backward else "prefix_lm_attention_forward"
         assert f"%{kernel}" in program and "tpu_custom_call" in program
-        if name.startswith("pi0_prefix"):
-            moved = re.findall(r" = bf16\[32,6528,256\]\S* (?:copy|transpose|reshape|fusion)\(", program)
+        if name in NOT_MOVED:
+            moved = re.findall(rf" = bf16\[{NOT_MOVED[name]}\]\S* (?:copy|transpose|reshape|fusion)\(", program)
             assert not moved, moved
 
 

@@ -30,7 +30,9 @@ Numerics: products accumulate in float32 (those of float32 arrays are exact to f
 dtype before they multiply v (before they are normalised, where the reference rounds after), and the logits' gradients
 before they multiply q and k.
 
-Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after.
+Backend: with more than one key/value head XLA moves the heads in front of the tokens before and after. Where each head
+has its own keys, and C is no multiple of the 128 lanes (SigLIP's 72), the kernels take and make C × tokens instead:
+that is how XLA lays such arrays out by itself, so nothing moves, C is not padded, and no row is transposed here.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,19 +49,25 @@ from jaxtyping import Array, Float, Int
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_tpu import launch
 from pi0fast_kernels.prefix_lm_attention import mosaic_tpu_tiles
-from pi0fast_kernels.prefix_lm_attention.mosaic_tpu_tiles import Part, Plan, TuningConfig
+from pi0fast_kernels.prefix_lm_attention.mosaic_tpu_tiles import LANES, Part, Plan, TuningConfig
 
 LOG2_E = 1.4426950408889634
 MASKED = -1e30  # a logit that is not seen
 FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
-LANES = 128
 VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
 FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
 
-def _row_sums(x: Float[Array, "rows C"]) -> Float[Array, "1 rows"]:
-    """Along lanes; registers side by side are added first, so that fewer are transposed."""
+def _at(head: int | slice, tokens, plan: Plan) -> tuple:
+    """The index of tokens of a head, or of several, in an array that lies as `Plan.transposed` says."""
+    return (head, slice(None), tokens) if plan.transposed else (head, tokens)
+
+
+def _row_sums(x: Float[Array, "rows C"] | Float[Array, "C rows"], plan: Plan) -> Float[Array, "1 rows"]:
+    """Over C. Along lanes, registers side by side are added first, so that fewer are transposed."""
+    if plan.transposed:
+        return jnp.sum(x, axis=0, keepdims=True)
     columns = [x[:, lanes] for lanes in mosaic_tpu_tiles.cut(x.shape[1], LANES)]
     if x.shape[1] % LANES == 0:
         x = sum(columns[1:], columns[0])
@@ -75,6 +83,17 @@ def _dot(a, b, over: tuple[int, int]):
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _by_row(a: Float[Array, "keys C"], x, part: Part, plan: Plan) -> Float[Array, "keys rows"]:
+    """The product of each key's vector with that of each row of x."""
+    return _dot(a, x[_at(*part, plan)], (1, 0) if plan.transposed else (1, 1))
+
+
+def _over_rows(weights: Float[Array, "keys rows"], x, part: Part, plan: Plan):
+    """For each key the weighted sum of the rows of x. [keys, C], or [C, keys] as `Plan.transposed` says."""
+    rows = x[_at(*part, plan)]
+    return _dot(rows, weights, (1, 1)) if plan.transposed else _dot(weights, rows, (1, 0))
+
+
 def _interval(ranges, part: Part) -> tuple[Int[Array, "1 rows"], Int[Array, "1 rows"]]:
     """The keys that each row sees, from and to; heads of one example see the same."""
     example = min(part.head, ranges.shape[0] - 1)
@@ -82,8 +101,8 @@ def _interval(ranges, part: Part) -> tuple[Int[Array, "1 rows"], Int[Array, "1 r
 
 
 def _logits(q, k, ranges, part: Part, keys: slice, block, masked: bool, scale: float, plan: Plan):
-    """Of a chunk of a block's keys, in base 2. [keys, rows]."""
-    logits = _dot(k[part.head, keys], q[part.head, part.rows], (1, 1)) * (scale * LOG2_E)
+    """Of a chunk of a block's keys, in base 2. k: [head, keys, C]. Returns [keys, rows]."""
+    logits = _by_row(k[part.head, keys], q, part, plan) * (scale * LOG2_E)
     start, end = _interval(ranges, part)
     key = block * plan.keys + keys.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     if masked or keys.start < plan.inner.start:
@@ -105,14 +124,20 @@ def _staggered(parts: list[Part], *stages: Callable[[Part], Iterator[None]]) -> 
             pass
 
 
+def _clear(first: int, plan: Plan, *refs) -> None:
+    """Tokens from the first on."""
+    for ref in refs:
+        past = _at(0, slice(first, None), plan)
+        ref[past] = jnp.zeros_like(ref[past])
+
+
 def _clear_past_end(block, plan: Plan, *refs) -> None:
     """Zeros where the last block of keys has none: whatever is there would spoil sums, zero weights or not."""
     if plan.num_keys % plan.keys:
 
         @pl.when(block == plan.blocks - 1)
         def _():
-            for ref in refs:
-                ref[0, plan.num_keys % plan.keys :] = jnp.zeros_like(ref[0, plan.num_keys % plan.keys :])
+            _clear(plan.num_keys % plan.keys, plan, *refs)
 
 
 def _where_seen(hulls, plan: Plan, block, run: Callable[[bool], None]) -> jax.Array:
@@ -126,28 +151,30 @@ def _where_seen(hulls, plan: Plan, block, run: Callable[[bool], None]) -> jax.Ar
 
 
 def _forward(
-    hulls, ranges, q, k, v, out, lse, maximum, total, summed, logits, weights, values, *, scale: float, plan: Plan
+    hulls, ranges, q, k, v, out, lse, maximum, total, summed, logits, weights, turned, *, scale: float, plan: Plan
 ):
     block = pl.program_id(2)
+    by_key, by_channel = (turned, v) if plan.transposed else (k, turned)
 
     def finish(part: Part, attended, whole, highest):
         # A row that sees nothing was left unmasked where the others see all.
         start, end = _interval(ranges, part)
         whole = jnp.where(start < end, whole, 1.0)
-        out[part.head, part.rows] = jnp.where(start < end, attended / whole, 0.0).astype(out.dtype).T
+        attended = jnp.where(start < end, attended / whole, 0.0).astype(out.dtype)
+        out[_at(*part, plan)] = attended if plan.transposed else attended.T
         lse[part.head, :, part.rows] = jnp.where(start < end, (highest + jnp.log2(whole)) / LOG2_E, NO_KEYS)
 
     def run(masked: bool):
         _clear_past_end(block, plan, v)
         for head in range(plan.heads):
-            values[head] = v[head].T
+            turned[head] = (k if plan.transposed else v)[head].T
         highest, whole = {}, {}  # of a part's rows
 
         def multiply(part: Part):
             shape = (1, part.size)
             highest[part] = jnp.full(shape, FLOOR) if plan.blocks == 1 else maximum[:, part.rows]
             for keys in plan.chunks:
-                some = _logits(q, k, ranges, part, keys, block, masked, scale, plan)
+                some = _logits(q, by_key, ranges, part, keys, block, masked, scale, plan)
                 highest[part] = jnp.maximum(highest[part], jnp.max(some, axis=0, keepdims=True))
                 logits[keys, : part.size] = some
                 yield
@@ -163,7 +190,7 @@ def _forward(
         def attend(part: Part):
             attended = jnp.zeros((), jnp.float32)
             for keys in plan.chunks:
-                attended += _dot(values[part.head, :, keys], weights[keys, : part.size], (1, 0))
+                attended += _dot(by_channel[part.head, :, keys], weights[keys, : part.size], (1, 0))
                 yield
             if plan.blocks == 1:
                 finish(part, attended, whole[part], highest[part])
@@ -217,11 +244,13 @@ def _backward(
     dvalues,
     weights,
     dlogits,
-    transposed,
-    *,
+    turned,
+    *of_values,
     scale: float,
     plan: Plan,
 ):
+    keys_by_key, keys_by_channel = (turned, k) if plan.transposed else (k, turned)
+    (values_by_key,) = of_values or (v,)
     tile, block = pl.program_id(1), pl.program_id(2)
     alone = plan.tiles == plan.blocks == 1  # every sum begins and ends in this program
 
@@ -234,23 +263,25 @@ def _backward(
 
         @pl.when((tile == plan.tiles - 1) & (block == 0))
         def _():
-            for ref in (q, out, dout):
-                ref[0, plan.packed % plan.rows :] = jnp.zeros_like(ref[0, plan.packed % plan.rows :])
+            _clear(plan.packed % plan.rows, plan, q, out, dout)
 
     def run(masked: bool):
         _clear_past_end(block, plan, k, v)
         for head in range(plan.heads):
-            transposed[head] = k[head].T
-        first = pl.multiple_of(block * plan.keys, 8) if plan.blocks > 1 else 0
+            turned[head] = k[head].T
+            if plan.transposed:
+                values_by_key[head] = v[head].T
+        first = pl.multiple_of(block * plan.keys, plan.keys) if plan.blocks > 1 else 0
 
         def weigh(part: Part):
             head, rows = part
-            delta = _row_sums(out[head, rows].astype(jnp.float32) * dout[head, rows].astype(jnp.float32))
+            there = _at(head, rows, plan)
+            delta = _row_sums(out[there].astype(jnp.float32) * dout[there].astype(jnp.float32), plan)
             for keys in plan.chunks:
-                logits = _logits(q, k, ranges, part, keys, block, masked, scale, plan)
+                logits = _logits(q, keys_by_key, ranges, part, keys, block, masked, scale, plan)
                 some = jnp.exp2(logits - lse[head, :, rows] * LOG2_E)
                 weights[keys, : part.size] = some.astype(weights.dtype)
-                dweights = _dot(v[head, keys], dout[head, rows], (1, 1))
+                dweights = _by_row(values_by_key[head, keys], dout, part, plan)
                 dlogits[keys, : part.size] = (some * (dweights - delta)).astype(dlogits.dtype)
                 yield
 
@@ -258,22 +289,24 @@ def _backward(
             head, rows = part
             dquery = jnp.zeros((), jnp.float32)
             for keys in plan.chunks:
-                there = pl.ds(first + keys.start, keys.stop - keys.start)
-                dvalue = _dot(weights[keys, : part.size], dout[head, rows], (1, 0))
-                dkey = _dot(dlogits[keys, : part.size], q[head, rows], (1, 0))
-                dquery += _dot(transposed[head, :, keys], dlogits[keys, : part.size], (1, 0))
+                here = _at(head, keys, plan)
+                there = _at(head, pl.ds(first + keys.start, keys.stop - keys.start), plan)
+                dvalue = _over_rows(weights[keys, : part.size], dout, part, plan)
+                dkey = _over_rows(dlogits[keys, : part.size], q, part, plan)
+                dquery += _dot(keys_by_channel[head, :, keys], dlogits[keys, : part.size], (1, 0))
                 if not alone or rows.start > 0:
-                    dvalue += dvalues[head, there]
-                    dkey += dkeys[head, there]
+                    dvalue += dvalues[there]
+                    dkey += dkeys[there]
                 if alone and rows.stop == plan.rows:
-                    dv[head, keys] = dvalue.astype(dv.dtype)
-                    dk[head, keys] = (dkey * scale).astype(dk.dtype)
+                    dv[here] = dvalue.astype(dv.dtype)
+                    dk[here] = (dkey * scale).astype(dk.dtype)
                 else:
-                    dvalues[head, there] = dvalue
-                    dkeys[head, there] = dkey
+                    dvalues[there] = dvalue
+                    dkeys[there] = dkey
                 yield
             if plan.blocks == 1:
-                dq[head, rows] = (dquery * scale).astype(dq.dtype).T
+                dquery = (dquery * scale).astype(dq.dtype)
+                dq[_at(head, rows, plan)] = dquery if plan.transposed else dquery.T
             else:
                 dqueries[:, rows] += dquery
 
@@ -296,24 +329,42 @@ def _backward(
 
         @pl.when(block == plan.blocks - 1)
         def _():
-            dq[0] = (dqueries[...] * scale).astype(dq.dtype).T
+            dquery = (dqueries[...] * scale).astype(dq.dtype)
+            dq[0] = dquery if plan.transposed else dquery.T
 
     @pl.when((tile == plan.tiles - 1) & (block == plan.blocks - 1) & (not alone))
     def _():
-        dk[...] = (dkeys[:, : plan.num_keys] * scale).astype(dk.dtype)
-        dv[...] = dvalues[:, : plan.num_keys].astype(dv.dtype)
+        valid = _at(slice(None), slice(plan.num_keys), plan)
+        dk[...] = (dkeys[valid] * scale).astype(dk.dtype)
+        dv[...] = dvalues[valid].astype(dv.dtype)
 
 
-def _by_head(x: Float[Array, "B L H C"], kv_heads: int) -> Float[Array, "B*K L*H/K C"]:
+def _by_head(x: Float[Array, "B L H C"], plan: Plan) -> Float[Array, "B*K L*H/K C"] | Float[Array, "B*H C L"]:
     b, length, heads, c = x.shape
-    x = x.reshape(b, length, kv_heads, heads // kv_heads, c)
-    return jnp.moveaxis(x, 2, 1).reshape(b * kv_heads, -1, c)
+    if plan.transposed:
+        return x.transpose(0, 2, 3, 1).reshape(b * heads, c, length)
+    x = x.reshape(b, length, plan.kv_heads, heads // plan.kv_heads, c)
+    return jnp.moveaxis(x, 2, 1).reshape(b * plan.kv_heads, -1, c)
 
 
-def _by_token(x: Float[Array, "B*K L*H/K C"], shape: tuple[int, ...], kv_heads: int) -> Float[Array, "B L H C"]:
+def _by_token(x: Array, shape: tuple[int, ...], plan: Plan) -> Float[Array, "B L H C"]:
+    """What `_by_head` makes, back."""
     b, length, heads, c = shape
-    x = x.reshape(b, kv_heads, length, heads // kv_heads, c)
+    if plan.transposed:
+        return x.reshape(b, heads, c, length).transpose(0, 3, 1, 2)
+    x = x.reshape(b, plan.kv_heads, length, heads // plan.kv_heads, c)
     return jnp.moveaxis(x, 1, 2).reshape(shape)
+
+
+def _lying(heads, tokens, c, plan: Plan) -> tuple:
+    """What `_by_head` makes has these three of each axis, in its order: sizes, or places of blocks."""
+    return (heads, c, tokens) if plan.transposed else (heads, tokens, c)
+
+
+def _turned(c: int, plan: Plan) -> tuple[int, int, int]:
+    """The shape of a block's keys or values, the other way round than `_by_head` lays them."""
+    heads, *turned = _lying(plan.heads, plan.keys, c, plan)
+    return heads, *reversed(turned)
 
 
 def _specs(plan: Plan, c: int) -> tuple[pl.BlockSpec, ...]:
@@ -321,12 +372,12 @@ def _specs(plan: Plan, c: int) -> tuple[pl.BlockSpec, ...]:
 
     def key_block(program, tile, block, hulls):
         at = plan.tile(program, tile)
-        return program, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0
+        return _lying(program, lax.max(hulls[0, at], lax.min(block, hulls[1, at] - 1)), 0, plan)
 
     return (
         pl.BlockSpec((plan.examples, 2, plan.rows), lambda program, tile, *_: (plan.example(program), 0, tile)),
-        pl.BlockSpec((plan.heads, plan.rows, c), lambda program, tile, *_: (program, tile, 0)),
-        pl.BlockSpec((plan.heads, plan.keys, c), key_block),
+        pl.BlockSpec(_lying(plan.heads, plan.rows, c, plan), lambda program, tile, *_: _lying(program, tile, 0, plan)),
+        pl.BlockSpec(_lying(plan.heads, plan.keys, c, plan), key_block),
         pl.BlockSpec((plan.heads, 1, plan.rows), lambda program, tile, *_: (program, 0, tile)),
     )
 
@@ -357,9 +408,9 @@ def forward(
     heads = b * plan.kv_heads
     out, lse = launch(
         partial(_forward, scale=scale, plan=plan),
-        [mosaic_tpu_tiles.hulls(ranges, plan), ranges, *(_by_head(x, plan.kv_heads) for x in (q, k, v))],
+        [mosaic_tpu_tiles.hulls(ranges, plan), ranges, *(_by_head(x, plan) for x in (q, k, v))],
         [
-            jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
+            jax.ShapeDtypeStruct(_lying(heads, plan.packed, c, plan), q.dtype),
             jax.ShapeDtypeStruct((heads, 1, plan.padded), jnp.float32),
         ],
         name="prefix_lm_attention_forward",
@@ -372,7 +423,7 @@ def forward(
             scratch_shapes=[
                 *[pltpu.VMEM((size, plan.rows), jnp.float32) for size in (1, 1, c if plan.blocks > 1 else 1)],
                 *[pltpu.VMEM((plan.keys, plan.parts[0].size), kind) for kind in (jnp.float32, v.dtype)],
-                pltpu.VMEM((plan.heads, c, plan.keys), v.dtype),
+                pltpu.VMEM(_turned(c, plan), v.dtype),
             ],
         ),
         parallel=(True, True, False),
@@ -380,7 +431,7 @@ def forward(
         vmem_limit_bytes=VMEM_BYTES,
     )
     lse = lse[:, 0, : plan.packed, None]
-    return _by_token(out, q.shape, plan.kv_heads), _by_token(lse, (b, t, n, 1), plan.kv_heads)[..., 0]
+    return _by_token(out, q.shape, plan), _by_token(lse, (b, t, n, 1), plan)[..., 0]
 
 
 def backward(
@@ -403,13 +454,14 @@ def backward(
     plan = mosaic_tpu_tiles.plan(q, k, chosen.backward, chosen)
     ranges = mosaic_tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
-    of_whole = pl.BlockSpec((plan.heads, plan.num_keys, c), lambda program, *_: (program, 0, 0))
-    by_head = partial(_by_head, kv_heads=plan.kv_heads)
+    of_whole = pl.BlockSpec(_lying(plan.heads, plan.num_keys, c, plan), lambda program, *_: (program, 0, 0))
+    by_head = partial(_by_head, plan=plan)
     padding = (0, 0), (0, 0), (0, plan.padded - plan.packed)
-    lse = jnp.pad(by_head(lse[..., None])[:, None, :, 0], padding, constant_values=NO_KEYS)
     heads = b * plan.kv_heads
-    sums = [(c if plan.blocks > 1 else 1, plan.rows), *2 * [(plan.heads, plan.blocks * plan.keys, c)]]
-    halves = [*2 * [(plan.keys, plan.parts[0].size)], (plan.heads, c, plan.keys)]
+    lse = jnp.pad(by_head(lse[..., None]).reshape(heads, 1, plan.packed), padding, constant_values=NO_KEYS)
+    whole = _lying(plan.heads, plan.blocks * plan.keys, c, plan)
+    sums = [(c if plan.blocks > 1 else 1, plan.rows), whole, whole]
+    halves = [*2 * [(plan.keys, plan.parts[0].size)], *(2 if plan.transposed else 1) * [_turned(c, plan)]]
     dq, dk, dv = launch(
         partial(_backward, scale=scale, plan=plan),
         [
@@ -420,8 +472,8 @@ def backward(
             by_head(dout.astype(q.dtype)),
         ],
         [
-            jax.ShapeDtypeStruct((heads, plan.packed, c), q.dtype),
-            *2 * [jax.ShapeDtypeStruct((heads, plan.num_keys, c), k.dtype)],
+            jax.ShapeDtypeStruct(_lying(heads, plan.packed, c, plan), q.dtype),
+            *2 * [jax.ShapeDtypeStruct(_lying(heads, plan.num_keys, c, plan), k.dtype)],
         ],
         name="prefix_lm_attention_backward",
         device=device,
@@ -440,7 +492,7 @@ def backward(
         vmem_limit_bytes=VMEM_BYTES,
     )
     return (
-        _by_token(dq, q.shape, plan.kv_heads),
-        _by_token(dk, k.shape, plan.kv_heads),
-        _by_token(dv, v.shape, plan.kv_heads),
+        _by_token(dq, q.shape, plan),
+        _by_token(dk, k.shape, plan),
+        _by_token(dv, v.shape, plan),
     )

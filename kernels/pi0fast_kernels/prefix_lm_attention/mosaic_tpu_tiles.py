@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from pi0fast_kernels import _dispatch
 from pi0fast_kernels._mosaic_tpu import generation
 
+LANES = 128  # of a vector register
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -73,7 +75,7 @@ class Plan:
     """How one call is cut up.
 
     rows, keys: of one tile and block. packed: rows of one key/value head. heads: of one program. part, chunk: as in
-        `Tile`.
+        `Tile`. transposed: the kernel takes and makes arrays with tokens along lanes.
     """
 
     rows: int
@@ -84,6 +86,7 @@ class Plan:
     heads: int
     part: int
     chunk: int
+    transposed: bool
 
     @property
     def parts(self) -> list["Part"]:
@@ -151,7 +154,7 @@ def cut(size: int, piece: int) -> list[slice]:
 
 def plan(q: Float[Array, "B T N C"], k: Float[Array, "B S K C"], tile: Tile, config: TuningConfig) -> Plan:
     """Tiles that take the least time in all, the filling of matrix units included."""
-    (b, t, n), (s, kv_heads) = q.shape[:3], k.shape[1:3]
+    (b, t, n, c), (s, kv_heads) = q.shape, k.shape[1:3]
     packed = rows = t * n // kv_heads
     if packed > tile.rows:
         sizes = range(config.unit, tile.rows + 1, config.unit)
@@ -159,7 +162,8 @@ def plan(q: Float[Array, "B T N C"], k: Float[Array, "B S K C"], tile: Tile, con
     keys = s if s <= max(tile.single, tile.keys) else tile.keys
     alike = b if kv_heads == 1 else kv_heads  # heads that a program can take
     heads = max(n for n in range(1, tile.heads + 1) if alike % n == 0) if packed == rows and keys == s else 1
-    return Plan(rows, keys, packed, s, kv_heads, heads, tile.part, tile.chunk)
+    transposed = n == kv_heads > 1 and c % LANES > 0  # heads are moved anyway, and C would be padded to whole lanes
+    return Plan(rows, keys, packed, s, kv_heads, heads, tile.part, tile.chunk, transposed)
 
 
 def intervals(key_start, key_end, plan: Plan) -> Int[Array, "B 2 rows"]:
