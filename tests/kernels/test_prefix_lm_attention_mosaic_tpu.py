@@ -23,9 +23,9 @@ from tests.kernels.tpu_interpreter import race_free
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 SLOW = pytest.mark.slow
-SMALL = TuningConfig(*3 * [Tile(128, 32, 0, 128, 16, 1)], unit=128, fill=32)
+SMALL = TuningConfig(*2 * [Tile(128, 32, 0, 128, 16, 1)], unit=128, fill=32, few=0)
 NOT_MOVED = {"pi0_prefix": "32,6528,256", "siglip": r"[\d,]*\b72\b[\d,]*"}
-SINGLE = TuningConfig(*3 * [Tile(32, 0, 64, 16, 8, 2)], unit=16, fill=16)  # one block, of chunks
+SINGLE = TuningConfig(*2 * [Tile(32, 0, 64, 16, 8, 2)], unit=16, fill=16, few=0)  # one block, of chunks
 
 
 class Shape(NamedTuple):
@@ -115,6 +115,7 @@ def agree(actual, exact, start, end, shape: Shape) -> None:
         pytest.param(Shape(2, 7, 33, 6, 2, 64), random_ranges, None, id="grouped"),
         pytest.param(Shape(2, 35, 70, 4, 1, 16), random_ranges, SMALL, id="several blocks, neither end aligned"),
         pytest.param(Shape(1, 64, 64, 4, 1, 16), causal_ranges, SMALL, id="several blocks, causal, aligned"),
+        pytest.param(Shape(1, 21, 24, 2, 2, 24), suffix_ranges, SINGLE, id="transposed, two heads a program"),
         pytest.param(Shape(1, 140, 70, 2, 2, 24), random_ranges, SMALL, id="transposed, several tiles and blocks"),
     ],
 )
@@ -388,7 +389,7 @@ def test_compiles_where_a_part_has_one_row(uncached, queries, keys, generation):
 def test_float32_programs_stay_short(generation):
     """On v6e 112 pieces of logits in one program took minutes to compile, float32 products being of several passes."""
     config = mosaic_tpu_tiles.tuning(Device("tpu", KINDS[generation], None, 1), jnp.float32)
-    for tile in (config.forward, config.few_rows, config.backward):
+    for tile in (config.forward, config.backward):
         for rows in range(128, 4096, 128):
             q, k = (jnp.broadcast_to(jnp.zeros(()), (8, length, 1, 256)) for length in (rows, 1024))
             plan = mosaic_tpu_tiles.plan(q, k, tile, config)

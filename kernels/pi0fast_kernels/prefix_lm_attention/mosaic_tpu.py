@@ -56,7 +56,6 @@ MASKED = -1e30  # a logit that is not seen
 FLOOR = -1e20  # running maxima start here, so that exp2(MASKED - maximum) is 0 and never 1
 NO_KEYS = 1e30  # logsumexp of a row without keys: exp2(logit - NO_KEYS) is 0
 VMEM_BYTES = 64 * 2**20  # api.py refuses more keys than fit
-FEW_EXAMPLES = 4  # with more, the next example's keys are loaded while this one's are multiplied
 
 
 def _at(head: int | slice, tokens, plan: Plan) -> tuple:
@@ -401,8 +400,7 @@ def forward(
     """The attended values, and the logsumexp of each row's logits."""
     b, t, n, c = q.shape
     chosen = config or mosaic_tpu_tiles.tuning(device, q.dtype)
-    few = b * k.shape[2] <= FEW_EXAMPLES and t * n // k.shape[2] <= chosen.few_rows.rows
-    plan = mosaic_tpu_tiles.plan(q, k, chosen.few_rows if few else chosen.forward, chosen)
+    plan = mosaic_tpu_tiles.plan(q, k, chosen.forward, chosen)
     ranges = mosaic_tpu_tiles.intervals(key_start, key_end, plan)
     of_ranges, of_rows, of_keys, of_lse = _specs(plan, c)
     heads = b * plan.kv_heads

@@ -37,17 +37,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """Tiles of the forward kernel, of the forward kernel where one tile has all rows, and of the backward kernel.
+    """Tiles of the forward and of the backward kernel.
 
     unit: columns of a matrix unit; the rows of a tile are a multiple of it. fill: how many rows could be multiplied
-        while the matrix units fill and drain once.
+        while the matrix units fill and drain once. few: up to how many key/value heads in all have a program each, so
+        that the next one's keys are loaded while this one's are multiplied.
     """
 
     forward: Tile
-    few_rows: Tile
     backward: Tile
     unit: int
     fill: int
+    few: int
 
 
 # Compared by the compiler's bundles at Pi0's prefix, suffix and inference and with causal attention, on v5e and v6e;
@@ -55,17 +56,17 @@ class TuningConfig:
 # parts of a tile are some 8,000 bundles, twice (masked and not). Nothing here has been timed on a TPU.
 V5 = TuningConfig(
     forward=Tile(1024, 512, 1024, 256, 256, heads=2),
-    few_rows=Tile(512, 512, 0, 128, 256, heads=1),
     backward=Tile(512, 512, 1024, 256, 256, heads=1),
     unit=128,
     fill=64,
+    few=4,
 )
 V6 = TuningConfig(
     forward=Tile(3328, 512, 1024, 256, 256, heads=4),
-    few_rows=Tile(512, 512, 0, 256, 256, heads=1),
     backward=Tile(1792, 512, 1024, 256, 256, heads=4),
     unit=256,
     fill=384,
+    few=4,
 )
 TUNING: dict[str, TuningConfig] = {"v5e": V5, "v5p": V5, "v6e": V6}
 
@@ -161,7 +162,8 @@ def plan(q: Float[Array, "B T N C"], k: Float[Array, "B S K C"], tile: Tile, con
         rows = min(sizes, key=lambda size: ceil_div(packed, size) * (size + config.fill))
     keys = s if s <= max(tile.single, tile.keys) else tile.keys
     alike = b if kv_heads == 1 else kv_heads  # heads that a program can take
-    heads = max(n for n in range(1, tile.heads + 1) if alike % n == 0) if packed == rows and keys == s else 1
+    most = tile.heads if packed == rows and keys == s and b * kv_heads > config.few else 1
+    heads = max(n for n in range(1, most + 1) if alike % n == 0)
     transposed = n == kv_heads > 1 and c % LANES > 0  # heads are moved anyway, and C would be padded to whole lanes
     return Plan(rows, keys, packed, s, kv_heads, heads, tile.part, tile.chunk, transposed)
 
