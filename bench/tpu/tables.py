@@ -180,7 +180,8 @@ def seconds(found: Found, target: str, kernel: str) -> float:
 def _shapes(case: attentions.Case) -> set[str]:
     heads = case.batch // CHIPS * case.kv_heads
     tokens = case.queries * case.heads // case.kv_heads, case.keys
-    return {"×".join(map(str, (heads, length, case.head_dim))) for length in tokens}
+    sides = [(length, case.head_dim) for length in tokens] + [(case.head_dim, length) for length in tokens]
+    return {"×".join(map(str, (heads, *side))) for side in sides}  # either may lie along lanes
 
 
 def _ours(found: Found, op: str, names: list[str]) -> Iterable[Figures]:

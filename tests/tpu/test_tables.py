@@ -61,6 +61,9 @@ def test_an_eighth_of_the_examples_takes_an_eighth_of_the_time():
     assert seconds(FOUND, "v5e", "prefix_lm_attention_forward 4×6528×256") == 1e-3 / 8
     with pytest.raises(ValueError, match="no case has the shape"):
         seconds(FOUND, "v5e", "prefix_lm_attention_forward 4×6529×256")
+    siglip = PREFIX._replace(case="siglip")
+    tokens_along_lanes = "prefix_lm_attention_forward 192×72×256"
+    assert seconds({siglip: figures(siglip, 8e-4)}, "v5e", tokens_along_lanes) == 8e-4 / 8
 
 
 def test_attention_in_a_step_has_the_cycles_of_its_code():
