@@ -376,11 +376,15 @@ def test_compiles(uncached, name, generation):
     "generation", [pytest.param(name, marks=() if name == "v6e" else pytest.mark.slow) for name in KINDS]
 )
 @pytest.mark.parametrize(
-    ("queries", "keys"),
-    [pytest.param(257, 257, id="ViT-L/14 with its class token"), pytest.param(1, 300, id="decoding")],
+    ("queries", "keys", "head_dim"),
+    [
+        pytest.param(257, 257, 64, id="ViT-L/14 with its class token"),
+        pytest.param(1, 300, 64, id="decoding"),
+        pytest.param(1, 300, 128, id="decoding, whole lanes"),
+    ],
 )
-def test_compiles_where_a_part_has_one_row(uncached, queries, keys, generation):
-    case = cases.Case("one row", 1, queries, keys, 2, 2, 64, "all")
+def test_compiles_where_a_part_has_one_row(uncached, queries, keys, head_dim, generation):
+    case = cases.Case("one row", 1, queries, keys, 2, 2, head_dim, "all")
     for backward in (False, True):
         assert "tpu_custom_call" in compiled_case(case, generation, backward)
 
