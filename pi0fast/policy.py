@@ -201,8 +201,9 @@ class Policy:
 
         observation: the robot's data-set keys or openpi's (`observation/image`; dicts may be nested): images uint8
             [height, width, 3] or [3, height, width], the state and its parts numbers, and `prompt`. A missing camera
-            counts as masked; other keys are ignored. With real-time chunking also `rtc/previous_actions` [m, d], the
-            actions that are not executed yet, and `rtc/delay`, the steps until these replace them (`rtc.guidance`).
+            counts as masked, if there is another; other keys are ignored. With real-time chunking also
+            `rtc/previous_actions` [m, d], the actions that are not executed yet, and `rtc/delay`, the steps until these
+            replace them (`rtc.guidance`).
         noise: float32 [H, A] to start from, in place of the policy's own.
 
         `policy_timing`: `infer_ms`, the whole; of it `prepare_ms`, the host transforms, and `device_ms`, from the call

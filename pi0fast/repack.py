@@ -39,6 +39,9 @@ class Repack:
             keys = " and ".join(values[key][0] for key in robot.state)
             raise ValueError(f"{keys}: {found} state dimensions, expected {self.state_dim}")
         images = {f"image.{camera}": _image(*values[key]) for camera, key in robot.cameras.items() if key in values}
+        if robot.cameras and not images:
+            expected = list(robot.cameras.values())
+            raise ValueError(f"the observation has none of the images {expected}; it has {sorted(observation)}")
         return {**images, "state": np.concatenate(parts), "prompt": prompt}
 
 

@@ -235,6 +235,12 @@ def test_a_missing_camera_is_masked(policy, observation):
     assert np.isfinite(policy.infer(observation)["actions"]).all()
 
 
+def test_an_observation_without_images_is_refused(policy, observation):
+    blind = {key: value for key, value in observation.items() if "images" not in key}
+    with pytest.raises(ValueError, match=r"has none of the images \['observation.images"):
+        policy.infer(blind | {"observation.images.rist": np.zeros((8, 8, 3), np.uint8)})
+
+
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a run"):
         Policy.load(tmp_path)
