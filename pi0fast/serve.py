@@ -4,6 +4,7 @@ python -m pi0fast.serve --checkpoint RUN
 """
 
 import asyncio
+import gc
 import hmac
 import http
 import ipaddress
@@ -349,6 +350,8 @@ def main(
             rtc=guidance if rtc else None,
         )
         policy.warmup()
+        gc.collect()
+        gc.freeze()  # to look through what JAX and the policy hold (here for 80 ms) would stop every answer
         url = f"{'ws' if tls is None else 'wss'}://{f'[{address}]' if ':' in address else address}:{port}"
         server = PolicyServer(policy, limits, api_key=api_key, tls=tls)
         asyncio.run(_until_signalled(server, sock, lambda: print(f"Serving {checkpoint} at {url}", flush=True)))

@@ -147,7 +147,10 @@ def test_thirty_two_clients_for_a_minute(run):
             f"{len(times)}; RSS {first:.1f}, then {second:.1f} MiB"
         )
         assert second < first + 8
-        assert max(times) < 50
+        # On two cores, which clients and compute share, one answer of some hundred waits longer for its turn. An event
+        # loop that a batch blocks (15 ms) would move the median.
+        assert statistics.median(times) < 10
+        assert statistics.quantiles(times, n=100)[98] < 50
 
 
 @pytest.mark.long
